@@ -1,0 +1,138 @@
+"""From planned sample indices to the tensors of one micro-batch.
+
+Shapes: B samples, S sequence, N answer tokens of the micro-batch (all samples, in order), K teacher entries.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import DataConfig
+from pipeline.data import Sample
+from pipeline.processor import Encoded, Processor, collate
+from pipeline.store import SoftTargetStore
+from pipeline.targets import SoftTargets
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one rank reads for one micro-batch: table indices [B] and the share of the KL term of each [B]."""
+
+    index_B: NDArray[np.int64]
+    alpha_B: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """One forward's tensors. `targets` has a row per answer token; None when no sample has alpha > 0."""
+
+    request: Request
+    sample_ids: tuple[str, ...]
+    inputs: dict[str, Tensor]
+    keep: Tensor
+    """Positions i64[W] whose logits are computed: the span that covers every answer row."""
+    rows_BW: Tensor
+    """bool: which (sample, kept position) pairs predict an answer token; True N times."""
+    labels_N: Tensor
+    sample_N: Tensor
+    """i64: position in the micro-batch of the sample that each answer token belongs to."""
+    alpha_N: Tensor
+    targets: SoftTargets | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
+        """Move to a device; pixel values are cast to the model's dtype."""
+        inputs = {k: v.to(device, dtype if k == "pixel_values" else None) for k, v in self.inputs.items()}
+        moved = {k: getattr(self, k).to(device) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
+        targets = None if self.targets is None else SoftTargets(**{k: v.to(device) for k, v in fields(self.targets).items()})
+        return MicroBatch(request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, **moved)
+
+
+def fields(targets: SoftTargets) -> dict[str, Tensor]:
+    """The tensors of a SoftTargets by field name."""
+    return {name: getattr(targets, name) for name in ("ids", "logprobs", "tail_logprob", "gold_logprob", "entropy")}
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Builds micro-batches for a list of requests; a torch DataLoader runs it in workers."""
+
+    def __init__(
+        self, samples: Sequence[Sample], processor: Processor, store: SoftTargetStore | None, requests: Sequence[Request]
+    ) -> None:
+        self.samples, self.processor, self.store, self.requests = samples, processor, store, requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, position: int) -> MicroBatch:
+        request = self.requests[position]
+        encoded = [self.processor.encode(self.samples[i]) for i in request.index_B]
+        batch = collate(encoded, self.processor.pad_id, self.processor.image_token_id)
+        return assemble(request, encoded, dict(batch), self.store)
+
+
+def assemble(
+    request: Request, encoded: Sequence[Encoded], batch: dict[str, Any], store: SoftTargetStore | None
+) -> MicroBatch:
+    """Find the answer rows (logit row t predicts token t + 1) and join the soft targets by sample_id."""
+    labels_BS = batch["labels"]
+    next_BS = torch.full_like(labels_BS, -100)
+    next_BS[:, :-1] = labels_BS[:, 1:]
+    used_S = (next_BS != -100).any(0).nonzero().flatten()
+    keep = torch.arange(int(used_S[0]), int(used_S[-1]) + 1)
+    rows_BW = next_BS[:, keep] != -100
+    sample_N = rows_BW.nonzero()[:, 0]
+    alpha_B = torch.from_numpy(request.alpha_B)
+    counts = [int(c) for c in rows_BW.sum(1)]
+    return MicroBatch(
+        request=request,
+        sample_ids=tuple(e.sample_id for e in encoded),
+        inputs={k: batch[k] for k in MODEL_INPUTS},
+        keep=keep,
+        rows_BW=rows_BW,
+        labels_N=next_BS[:, keep][rows_BW],
+        sample_N=sample_N,
+        alpha_N=alpha_B[sample_N],
+        targets=_join_targets(request, encoded, counts, store),
+    )
+
+
+def _join_targets(
+    request: Request, encoded: Sequence[Encoded], counts: list[int], store: SoftTargetStore | None
+) -> SoftTargets | None:
+    """Stored rows of the samples still distilled; released samples are not read and get inert rows."""
+    wanted = request.alpha_B > 0
+    if store is None or not wanted.any():
+        return None
+    parts: list[SoftTargets | None] = [store.read(e.sample_id) if w else None for e, w in zip(encoded, wanted, strict=True)]
+    top_k = next(p.ids.shape[1] for p in parts if p is not None)
+    filled = []
+    for part, count, sample in zip(parts, counts, encoded, strict=True):
+        if part is not None and len(part.ids) != count:
+            raise AssertionError(f"sample {sample.sample_id}: store has {len(part.ids)} answer tokens, the run has {count}")
+        filled.append(part if part is not None else _inert(count, top_k))
+    return SoftTargets(**{k: torch.cat([fields(p)[k] for p in filled]) for k in fields(filled[0])})
+
+
+def _inert(count: int, top_k: int) -> SoftTargets:
+    """Rows whose KL is finite and multiplied by alpha = 0: all teacher mass in the tail."""
+    return SoftTargets(
+        ids=torch.arange(top_k).expand(count, top_k),
+        logprobs=torch.full((count, top_k), float("-inf")),
+        tail_logprob=torch.zeros(count),
+        gold_logprob=torch.zeros(count),
+        entropy=torch.zeros(count),
+    )
+
+
+def iterate(dataset: MicroBatches, data: DataConfig) -> Iterator[MicroBatch]:
+    """Micro-batches in the order of the requests, built by `data.workers` processes ahead of their use."""
+    loader = DataLoader(dataset, batch_size=None, shuffle=False, num_workers=data.workers)
+    yield from loader

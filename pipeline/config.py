@@ -1,0 +1,468 @@
+"""The recipe: one typed YAML file for a whole run, checked in full before anything is loaded.
+
+Unknown keys are refused with a hint and all problems are reported at once. `extends: OTHER.yaml` inherits from
+another recipe (deep merge); the command line overrides single values as `section.key=value` (YAML syntax).
+"""
+
+import argparse
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where the run lives and what every stage shares."""
+
+    dir: Path
+    """Folder that receives every file of the run."""
+    seed: int = 0
+    """Seed of initialisation, sampling and drawing."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; `medium` lets CPUs with AMX and GPUs multiply in bf16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device of the stages that run without DeepSpeed."""
+
+
+class ScenesConfig(Section):
+    """The embedded data set: how many scenes are drawn, and how."""
+
+    train: Positive = 1500
+    """Images of the Train split."""
+    val: Positive = 100
+    """Images of the val split."""
+    test: Positive = 200
+    """Images of the Test split."""
+    seed: int = 0
+    """Seed of the scenes; the same seed draws the same bytes."""
+    width: Positive = 320
+    """Image width in pixels."""
+    height: Positive = 192
+    """Image height in pixels."""
+    corner_share: Fraction = 0.15
+    """Share of corner cases among Train and val images."""
+    test_corner_share: Fraction = 0.5
+    """Share of corner cases among Test images, so that both slices are measured equally well."""
+    workers: Positive = 2
+    """Drawing processes."""
+
+
+class DataConfig(Section):
+    """The data set that is read."""
+
+    format: Literal["coda_lm", "chat"] = "coda_lm"
+    """Layout on disk: CODA-LM's published folders, or chat JSONL files named `<split>.jsonl`."""
+    root: Path | None = None
+    """Data root; images outside it are refused. None: the embedded scenes in `<run.dir>/data`."""
+    train_split: str = "Train"
+    """Split for training and soft targets."""
+    val_split: str = "val"
+    """Split for choosing settings."""
+    test_split: str = "Test"
+    """Split for the final table; touched by `evaluate` only."""
+    min_pixels: Positive = 32 * 32
+    """Smallest image area the vision tower sees."""
+    max_pixels: Positive = 320 * 192
+    """Largest image area the vision tower sees; larger images are scaled down."""
+    max_length: Positive = 512
+    """Longest sequence in tokens, image tokens included. Longer samples are refused by name."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """DataLoader workers per rank."""
+
+
+class TokenizerConfig(Section):
+    """The tokenizer. Either trained on the corpus or taken from a checkpoint folder."""
+
+    path: str | None = None
+    """Folder with an existing tokenizer (and processor); None trains sentencepiece on the corpus."""
+    vocab_size: Positive = 640
+    """Upper bound of the trained vocabulary, special tokens included."""
+
+
+class TextSize(Section):
+    """Decoder sizes, named as in Qwen3-VL's text_config."""
+
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 384
+    num_hidden_layers: Positive = 4
+    num_attention_heads: Positive = 4
+    num_key_value_heads: Positive = 2
+    head_dim: Positive = 32
+
+
+class VisionSize(Section):
+    """Vision tower sizes, named as in Qwen3-VL's vision_config."""
+
+    hidden_size: Positive = 96
+    intermediate_size: Positive = 256
+    depth: Positive = 3
+    num_heads: Positive = 4
+    patch_size: Positive = 16
+    spatial_merge_size: Positive = 2
+    deepstack_visual_indexes: tuple[int, ...] = (0,)
+
+
+class UpcycleConfig(Section):
+    """How a dense checkpoint becomes a Mixture-of-Experts one."""
+
+    source: str
+    """Model reference of the dense checkpoint: `models.NAME`, `jobs.NAME` or a folder."""
+    experts: Positive = 4
+    """Experts per MoE layer."""
+    top_k: Positive = 2
+    """Experts per token. 1 is refused: with renormalised weights it gives the router no task gradient."""
+    every: Positive = 2
+    """Every n-th decoder layer becomes an MoE layer (the 2nd, 4th, ... for 2)."""
+    expert_width: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Width of an expert as a share of the dense MLP's; below 1: fine-grained, columns drawn per expert."""
+    router_noise: Annotated[float, Field(ge=0.0)] = 0.02
+    """Standard deviation of the router's initial weights."""
+    expert_noise: Annotated[float, Field(ge=0.0)] = 0.02
+    """Relative noise on each expert copy: identical copies leave the router without gradient."""
+
+
+class ModelConfig(Section):
+    """One model. Exactly one of: `path` (a checkpoint), `text` + `vision` (random weights), `upcycle`."""
+
+    path: str | None = None
+    """Checkpoint folder in Hugging Face format."""
+    text: TextSize | None = None
+    vision: VisionSize | None = None
+    upcycle: UpcycleConfig | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one_origin(self) -> Self:
+        origins = [self.path is not None, self.text is not None or self.vision is not None, self.upcycle is not None]
+        if sum(origins) != 1:
+            raise ValueError("give exactly one of `path`, `text` and `vision` together, or `upcycle`")
+        if origins[1] and (self.text is None or self.vision is None):
+            raise ValueError("a model with random weights needs both `text` and `vision`")
+        return self
+
+
+class TargetsConfig(Section):
+    """The teacher pass and its store."""
+
+    teacher: str = "jobs.teacher"
+    """Model reference of the teacher."""
+    store: Path | None = None
+    """Store folder; None: `<run.dir>/store`."""
+    top_k: Annotated[int, Field(ge=1, le=256)] = 32
+    """Teacher entries kept per answer token."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Softmax temperature the targets are made at; it cannot be changed afterwards."""
+    shard_samples: Positive = 512
+    """Samples per shard."""
+    batch_size: Positive = 16
+    """Samples per teacher forward."""
+
+
+class DistillConfig(Section):
+    """What the teacher adds to the loss (METHOD section 7). Absent: plain SFT."""
+
+    alpha_start: Fraction = 0.9
+    """a0: share of the KL term before release."""
+    alpha_end: Fraction = 0.0
+    """a1: share of the KL term after release."""
+    release: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the release; `constant` keeps alpha_start (vanilla KD)."""
+    release_from: Fraction = 0.2
+    """t0: share of training at which release begins."""
+    release_to: Fraction = 0.9
+    """t1: share of training at which release ends."""
+    hardness_delay: Annotated[float, Field(ge=0.0)] = 0.15
+    """eta: how much later the hardest sample is released, as a share of t1 - t0."""
+    gate: bool = True
+    """rho: do not chase tokens that the teacher itself gets wrong."""
+    gate_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    """s in nats: softness of the gate."""
+    token_tilt: Annotated[float, Field(ge=0.0)] = 1.0
+    """Size of beta on tokens: 0 turns the token granularity of H2G off."""
+
+
+class CurriculumConfig(Section):
+    """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
+
+    competence_start: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """c0: share of samples eligible at the start, easiest first."""
+    competence_until: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """tau_g: share of training at which all samples are eligible."""
+    tilt: Annotated[float, Field(ge=0.0)] = 1.0
+    """Size of beta on samples: 0 draws eligible samples uniformly."""
+    window_steps: Positive = 50
+    """R: optimizer steps per planned window."""
+    stratum_floor: Fraction = 0.5
+    """Each stratum keeps at least this share of its proportional part of a window."""
+
+
+class HardnessConfig(Section):
+    """Instance hardness (METHOD section 4)."""
+
+    dynamic: bool = True
+    """Update the table from the losses of every visit; False keeps the prior."""
+    ema: Fraction = 0.7
+    """mu: weight of the past in D_i."""
+    tail_weight: Fraction = 0.5
+    """k: weight of the hardest tokens' mean against the plain mean."""
+    tail_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of a sample's tokens that counts as its hardest."""
+    half_life_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    """Epochs after which an unvisited entry has relaxed half-way to its stratum's mean."""
+
+
+class RouterConfig(Section):
+    """Router losses, per MoE layer, padding excluded."""
+
+    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    """l_b: weight of the load-balance loss."""
+    z: Annotated[float, Field(ge=0.0)] = 1e-3
+    """l_z: weight of the router z-loss."""
+
+
+class JobConfig(Section):
+    """One training job. The loop is the same for SFT, vanilla KD and CLKD: only these values differ."""
+
+    init: str
+    """Model reference of the starting weights: `models.NAME`, `jobs.NAME` or a folder."""
+    steps: Positive
+    """Optimizer steps."""
+    global_batch_size: Positive = 32
+    """Samples per optimizer step over all ranks and accumulation steps."""
+    micro_batch_size: Positive = 16
+    """Samples per forward on one rank."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate."""
+    min_lr_share: Fraction = 0.05
+    """Learning rate at the end, as a share of the peak (cosine)."""
+    warmup_share: Fraction = 0.05
+    """Share of steps with linear warm-up."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    trainable: Literal["all", "mlp_and_router", "language"] = "all"
+    """Which parameters train."""
+    activation_checkpointing: bool = False
+    distill: DistillConfig | None = None
+    curriculum: CurriculumConfig | None = None
+    hardness: HardnessConfig = HardnessConfig()
+    router: RouterConfig = RouterConfig()
+    checkpoint_every: Positive = 100
+    """Steps between checkpoints."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints kept."""
+    log_every: Positive = 5
+    """Steps between metric lines."""
+
+
+class EvaluationRow(Section):
+    """One row of the result table."""
+
+    name: str
+    model: str
+    """Model reference."""
+    blind: bool = False
+    """Blank the image: what the text alone gives away."""
+
+
+class EvaluationConfig(Section):
+    """The result table."""
+
+    rows: tuple[EvaluationRow, ...] = ()
+    """Rows in order. The first is the teacher that ratios refer to."""
+    limit: Positive | None = None
+    """Samples per task and slice; None: all of the test split."""
+    batch_size: Positive = 32
+    max_new_tokens: Positive = 96
+    latency_samples: Positive = 8
+    """Samples timed at batch 1."""
+    latency_repeats: Positive = 3
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: RunConfig
+    scenes: ScenesConfig = ScenesConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    models: dict[str, ModelConfig] = {}
+    targets: TargetsConfig = TargetsConfig()
+    jobs: dict[str, JobConfig] = {}
+    job: str | None = None
+    """The job that `train.py` runs: a key of `jobs`. Usually given on the command line as `job=NAME`."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _references_exist(self) -> Self:
+        problems = [p for where, ref in self._references() if (p := self._reference_problem(where, ref))]
+        if self.job is not None and self.job not in self.jobs:
+            problems.append(f"job: no such job {self.job!r}; jobs: {sorted(self.jobs)}")
+        for name, job in self.jobs.items():
+            if job.global_batch_size % job.micro_batch_size:
+                problems.append(
+                    f"jobs.{name}: global_batch_size {job.global_batch_size} is not a multiple of "
+                    f"micro_batch_size {job.micro_batch_size}"
+                )
+        for name, model in self.models.items():
+            if model.upcycle and model.upcycle.top_k > model.upcycle.experts:
+                problems.append(f"models.{name}.upcycle: top_k {model.upcycle.top_k} > experts {model.upcycle.experts}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _references(self) -> list[tuple[str, str]]:
+        refs = [(f"jobs.{name}.init", job.init) for name, job in self.jobs.items()]
+        refs += [(f"models.{n}.upcycle.source", m.upcycle.source) for n, m in self.models.items() if m.upcycle]
+        refs += [(f"evaluation.rows[{i}].model", row.model) for i, row in enumerate(self.evaluation.rows)]
+        return refs
+
+    def _reference_problem(self, where: str, ref: str) -> str | None:
+        for kind, table in (("models.", self.models), ("jobs.", self.jobs)):
+            if ref.startswith(kind) and ref.removeprefix(kind) not in table:
+                return f"{where}: no such entry {ref!r}; {kind[:-1]}: {sorted(table)}"
+        return None
+
+    @property
+    def data_root(self) -> Path:
+        """Root of the data set that is read."""
+        return self.data.root or self.run.dir / "data"
+
+    @property
+    def processor_dir(self) -> Path:
+        """Folder of the tokenizer and image processor."""
+        return Path(self.tokenizer.path) if self.tokenizer.path else self.run.dir / "processor"
+
+    @property
+    def store_dir(self) -> Path:
+        """Folder of the soft-target store."""
+        return self.targets.store or self.run.dir / "store"
+
+    def model_dir(self, ref: str) -> Path:
+        """Folder of the Hugging Face checkpoint that a model reference names."""
+        if ref.startswith("jobs."):
+            return self.job_dir(ref.removeprefix("jobs.")) / "model"
+        if ref.startswith("models."):
+            name = ref.removeprefix("models.")
+            path = self.models[name].path
+            return Path(path) if path else self.run.dir / "models" / name
+        return Path(ref)
+
+    def job_dir(self, name: str) -> Path:
+        """Folder of one training job: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `model/`."""
+        return self.run.dir / "jobs" / name
+
+    def selected_job(self) -> tuple[str, JobConfig]:
+        """The job named by `job`; a ConfigError names the choices when there is none."""
+        if self.job is None:
+            raise ConfigError(f"job: say which job to train, as in `job=NAME`; jobs: {sorted(self.jobs)}")
+        return self.job, self.jobs[self.job]
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A stage's parsed command line."""
+
+    recipe: Recipe
+    options: argparse.Namespace
+
+
+def parse_args(stage: str, argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> Arguments:
+    """Parse `--config RECIPE.yaml [section.key=value ...]` plus the stage's own options."""
+    parser = parser or argparse.ArgumentParser(prog=f"python -m pipeline.{stage}")
+    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    options = parser.parse_intermixed_args(argv)
+    return Arguments(load_recipe(options.config, options.overrides), options)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe. Raises ConfigError with every problem at once."""
+    raw = _read_yaml(path)
+    for override in overrides:
+        key, sign, value = override.partition("=")
+        if not sign:
+            raise ConfigError(f"{override!r} is not of the form section.key=value. Nothing was read or changed.")
+        _set_path(raw, key.split("."), yaml.safe_load(value))
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in _explain(e)]
+        raise ConfigError(f"{path}: {len(lines)} problem(s), nothing was changed.\n  " + "\n  ".join(lines)) from None
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: `extends` goes in a circle: {[str(p) for p in seen]}")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe")
+    try:
+        raw = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(raw).__name__}")
+    base = raw.pop("extends", None)
+    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), raw) if base else raw
+
+
+def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _set_path(raw: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        child = raw.get(key)
+        raw[key] = child if isinstance(child, dict) else {}
+        raw = raw[key]
+    raw[keys[-1]] = value
+
+
+def _explain(error: Any) -> list[str]:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
+        return [f"{where}: unknown key; {hint}"]
+    if error["type"] == "value_error":
+        prefix = f"{where}: " if where else ""
+        return [prefix + line for line in str(error["ctx"]["error"]).splitlines()]
+    return [f"{where}: {error['msg']}, got {error['input']!r}"]
+
+
+def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
+    """Field names of the section at a location of the recipe."""
+    kind: Any = Recipe
+    for part in loc:
+        section = _section_of(kind)
+        kind = section.model_fields[str(part)].annotation if section and str(part) in section.model_fields else get_args(kind)[-1]
+    section = _section_of(kind)
+    return sorted(section.model_fields) if section else []
+
+
+def _section_of(kind: Any) -> type[Section] | None:
+    if get_origin(kind) in (UnionType, Union):
+        kind = next((k for k in get_args(kind) if k is not type(None)), None)
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None

@@ -1,0 +1,132 @@
+"""The whole chain of a recipe, stage by stage, each as the command a person would type.
+
+    python -m pipeline.demo --config pipeline/recipes/demo.yaml
+
+Every stage is restartable and skips what is finished, so the same command goes on after Ctrl-C or kill -9.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import Recipe, parse_args
+from pipeline.errors import UserError, run_main
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One command of the chain."""
+
+    name: str
+    command: tuple[str, ...]
+
+
+def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int) -> list[Stage]:
+    """The commands that make everything the recipe names, in order of need.
+
+    Jobs run in the recipe's order; a job's starting model is built first, and before the first job that
+    distils (or orders by hardness) the teacher pass and the hardness table are made.
+    """
+    python = (sys.executable, "-m")
+    launcher = shutil.which("deepspeed", path=_path()) or "deepspeed"
+    stages: dict[str, Stage] = {}
+
+    def add(name: str, *command: str) -> None:
+        stages.setdefault(name, Stage(name, (*command, *recipe_args)))
+
+    if recipe.data.root is None:
+        add("scenes", *python, "pipeline.scenes")
+    if recipe.tokenizer.path is None:
+        add("tokenizer", *python, "pipeline.tokenizer")
+    for name, job in recipe.jobs.items():
+        model = job.init.removeprefix("models.")
+        if job.init.startswith("models.") and recipe.models[model].path is None:
+            add(f"model {model}", *python, "pipeline.student", "--model", model)
+        if job.distill or job.curriculum:
+            add("teacher", *python, "pipeline.teacher")
+            add("hardness", *python, "pipeline.hardness")
+        train = (launcher, "--num_gpus", str(ranks), "train.py", "--deepspeed_config", str(ds_config))
+        add(f"train {name}", *train, f"job={name}")
+    if recipe.evaluation.rows:
+        add("evaluate", *python, "pipeline.evaluate")
+        last = recipe.evaluation.rows[-1].model
+        if last.startswith("jobs."):
+            out = str(recipe.run.dir / "exported")
+            add("export", *python, "pipeline.export", "--out", out, f"job={last.removeprefix('jobs.')}")
+    add("report", *python, "pipeline.report")
+    return list(stages.values())
+
+
+def run(stages: Sequence[Stage], run_dir: Path) -> None:
+    """Run the stages in order, recording each one's wall time. UserError with the stage's command if one fails."""
+    durations = _Durations(run_dir / "stages.json")
+    for position, stage in enumerate(stages, 1):
+        print(f"\n[{position}/{len(stages)}] {stage.name}", flush=True)
+        started = time.monotonic()
+        status = subprocess.run(stage.command, env=_environment(), preexec_fn=_die_with_parent).returncode
+        durations.add(stage.name, time.monotonic() - started)
+        if status:
+            shown = " ".join(stage.command)
+            raise UserError(
+                f"stage {stage.name!r} ended with status {status}: {shown}\nIts own message is above. What is finished "
+                "is kept; the same command goes on from here."
+            )
+    print(f"\ntotal {sum(durations.seconds.values()):.0f} s over all starts; report: {run_dir / 'report.html'}")
+
+
+class _Durations:
+    """Seconds spent per stage, summed over restarts, in a JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.seconds, indent=1))
+        os.replace(temporary, self.path)
+
+
+def _environment() -> dict[str, str]:
+    """One thread per rank and CPU collectives unless the caller chose otherwise; the venv's tools on the PATH."""
+    return {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **os.environ, "PATH": _path()}
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def _die_with_parent() -> None:
+    """A stage whose parent is killed gets SIGTERM (training then checkpoints), so that no two runs overlap."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _recipe_args(options: argparse.Namespace) -> Iterator[str]:
+    yield from ("--config", str(options.config), *options.overrides)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of the chain."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.demo", description=__doc__)
+    parser.add_argument("--deepspeed_config", type=Path, default=Path("ds_configs/cpu_smoke.json"))
+    parser.add_argument("--ranks", type=int, default=2, help="training processes on this machine")
+    args = parse_args("demo", argv, parser)
+    recipe_args = list(_recipe_args(args.options))
+    run(plan(args.recipe, recipe_args, args.options.deepspeed_config, args.options.ranks), args.recipe.run.dir)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,44 @@
+"""Errors that are the user's to mend, and the one place where they become an exit status."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(ValueError):
+    """The user asked for something impossible; the message says what, where, both values and what to do."""
+
+
+class ConfigError(UserError):
+    """A recipe or a command line is wrong."""
+
+
+class DataError(UserError):
+    """A data set on disk is broken or does not hold what was asked for."""
+
+
+class StoreError(UserError):
+    """A soft-target store is damaged or was not made for this run."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+
+def run_main(main: Callable[[], int | None]) -> NoReturn:
+    """Run a stage's `main` and exit: its status (None: 0), 2 for a UserError, 130 for Ctrl-C.
+
+    Other exceptions are defects and keep their traceback.
+    """
+    try:
+        status = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    sys.exit(status or 0)

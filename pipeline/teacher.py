@@ -1,0 +1,245 @@
+"""The teacher pass: soft targets of the training split, once, into the store.
+
+    python -m pipeline.teacher --config RECIPE.yaml [--worker I --workers N]
+
+Shard j holds samples [j * S, (j + 1) * S) of the sorted list and belongs to worker j mod N. A shard that is
+committed is skipped, so the same command goes on after any interruption.
+Shapes: B samples, S sequence, D width, N answer tokens of a batch, V vocabulary.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, PreTrainedModel
+
+from pipeline.config import Recipe, parse_args
+from pipeline.data import Sample, read_samples
+from pipeline.errors import ConfigError, StoreError, UserError, run_main
+from pipeline.models import check_compatible, load_model, weights_hash
+from pipeline.processor import IGNORED, Batch, Processor, collate
+from pipeline.shards import FORMAT_VERSION
+from pipeline.store import Identity, StoreWriter
+from pipeline.targets import DEFAULT_CODEC, SoftTargets, clipped_top_k, concatenate, from_logits
+
+WINDOW_BATCHES = 8
+"""Batches whose samples are encoded together and sorted by length: little padding, bounded memory."""
+_LOGITS_AT_ONCE = 1 << 25
+"""Elements of the largest logit matrix: 128 MiB in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive samples of one shard."""
+
+    shard: int
+    samples: Sequence[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class PassSummary:
+    """What one run of the stage did."""
+
+    shards: int
+    skipped: int
+    samples: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        if not self.shards:
+            return f"teacher pass: nothing to do, {self.skipped} shard(s) are committed"
+        return (
+            f"teacher pass: {self.shards} shard(s) written, {self.skipped} already committed; "
+            f"{self.samples} samples, {self.tokens} answer tokens in {self.seconds:.1f} s "
+            f"({self.tokens / self.seconds:.0f} tokens/s), {self.bytes / max(self.tokens, 1):.1f} bytes/token"
+        )
+
+
+class _EncodedWindows(Dataset[tuple[int, list[Batch]]]):
+    """(shard, batches of similar length) of each window; encoding runs in DataLoader workers."""
+
+    def __init__(self, windows: Sequence[Window], processor: Processor, batch_size: int) -> None:
+        self.windows, self.processor, self.batch_size = windows, processor, batch_size
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Batch]]:
+        window, processor = self.windows[index], self.processor
+        encoded = [processor.encode(sample) for sample in window.samples]
+        encoded.sort(key=lambda e: len(e.input_ids))  # stable: the batches are the same in every run
+        chunks = [encoded[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
+        return window.shard, [collate(chunk, processor.pad_id, processor.image_token_id) for chunk in chunks]
+
+
+def expected_identity(recipe: Recipe, processor: Processor, samples: Sequence[Sample]) -> Identity:
+    """Everything that changes a stored number: what a store for this run must say.
+
+    Args:
+        samples: the whole train split, sorted by sample_id.
+
+    Raises:
+        UserError: the teacher is not there.
+    """
+    teacher_dir = recipe.model_dir(recipe.targets.teacher)
+    vocab_size = _vocab_size(teacher_dir)
+    return {
+        "format_version": FORMAT_VERSION,
+        "codec": DEFAULT_CODEC,
+        "top_k": clipped_top_k(recipe.targets.top_k, vocab_size),
+        "temperature": recipe.targets.temperature,
+        "vocab_size": vocab_size,
+        "teacher_weights": weights_hash(teacher_dir),
+        **{f"processor_{name}": value for name, value in processor.identity().items()},
+        "dataset": dataset_fingerprint(samples),
+    }
+
+
+def dataset_fingerprint(samples: Sequence[Sample]) -> str:
+    """Hash of all ids, prompts and answers in order."""
+    digest = xxhash.xxh3_128()
+    for sample in samples:
+        for text in (sample.sample_id, sample.prompt, sample.answer):
+            raw = text.encode()
+            digest.update(len(raw).to_bytes(8, "little") + raw)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def batch_targets(model: PreTrainedModel, batch: Batch, top_k: int, temperature: float) -> list[SoftTargets]:
+    """Soft targets of each sample of a batch. Logits exist only for the rows that predict an answer token.
+
+    Args:
+        model: in evaluation mode, on the device that computes.
+        batch: padded on the right, labels not shifted.
+
+    Raises:
+        StoreError: the teacher's logits are not finite.
+    """
+    device = model.device
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
+    inputs = {key: tensor.to(device) for key, tensor in tensors.items()}
+    hidden_BSD = model.base_model(**inputs, use_cache=False).last_hidden_state
+    answer_BS = batch["labels"] != IGNORED
+    assert not answer_BS[:, 0].any(), "an answer token without a row that predicts it"
+    sample_N, position_N = answer_BS.nonzero(as_tuple=True)  # sample by sample, in answer order
+    gold_N = batch["labels"][sample_N, position_N].to(device)
+    rows_ND = hidden_BSD[sample_N.to(device), position_N.to(device) - 1]  # row t - 1 predicts token t
+    head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    try:
+        parts = [
+            from_logits(head(rows_ND[i : i + step]), gold_N[i : i + step], top_k, temperature).to("cpu")
+            for i in range(0, max(len(rows_ND), 1), step)
+        ]
+    except StoreError as error:
+        raise StoreError(f"{error} (samples {batch['sample_ids']}). The shard was not written.") from None
+    targets, ends = concatenate(parts), answer_BS.sum(dim=1).cumsum(dim=0).tolist()
+    return [targets.rows(slice(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
+    """Write this worker's shards that are not committed yet.
+
+    Raises:
+        UserError: bad data, no teacher, or a store that was made for another identity (nothing was changed).
+    """
+    if not 0 <= worker < workers:
+        raise ConfigError(f"--worker {worker} must lie in [0, --workers {workers})")
+    torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    processor = Processor.load(recipe.processor_dir, recipe.data)
+    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    identity = expected_identity(recipe, processor, samples)
+    size = recipe.targets.shard_samples
+    writer = StoreWriter(recipe.store_dir, identity, num_samples=len(samples), shard_samples=size)
+    committed, damaged = writer.committed()
+    for problem in damaged:
+        print(f"rebuilding: {problem}")
+    mine = range(worker, -(-len(samples) // size), workers)
+    todo = {shard: samples[shard * size : (shard + 1) * size] for shard in mine if shard not in committed}
+    if not todo:
+        return PassSummary(0, len(mine), 0, 0, 0, 0.0)
+    model = load_model(recipe.model_dir(recipe.targets.teacher))
+    check_compatible(model, processor)
+    torch.nn.Module.to(model, _device(recipe))
+    return _write_shards(recipe, writer, model, processor, todo, skipped=len(mine) - len(todo))
+
+
+def _write_shards(
+    recipe: Recipe,
+    writer: StoreWriter,
+    model: PreTrainedModel,
+    processor: Processor,
+    todo: dict[int, list[Sample]],
+    skipped: int,
+) -> PassSummary:
+    started, records = time.perf_counter(), []
+    done: dict[str, SoftTargets] = {}
+    with tqdm(total=sum(map(len, todo.values())), desc="teacher pass", unit="sample", disable=None) as bar:
+        for shard, batches in _encoded_windows(recipe, processor, todo):
+            for batch in batches:
+                targets = batch_targets(model, batch, recipe.targets.top_k, recipe.targets.temperature)
+                done.update(zip(batch["sample_ids"], targets, strict=True))
+                bar.update(len(targets))
+            if len(done) == len(todo[shard]):
+                in_order = [(s.sample_id, done[s.sample_id]) for s in todo[shard]]
+                records.append(writer.write_shard(shard, in_order))
+                done = {}
+    assert len(records) == len(todo), "a shard was left half done"
+    return PassSummary(
+        shards=len(records),
+        skipped=skipped,
+        samples=sum(record.samples for record in records),
+        tokens=sum(record.tokens for record in records),
+        bytes=sum(record.bytes for record in records),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _encoded_windows(
+    recipe: Recipe, processor: Processor, todo: dict[int, list[Sample]]
+) -> Iterator[tuple[int, list[Batch]]]:
+    """Windows of all shards, in shard order."""
+    size = WINDOW_BATCHES * recipe.targets.batch_size
+    windows = [
+        Window(shard, samples[start : start + size])
+        for shard, samples in todo.items()
+        for start in range(0, len(samples), size)
+    ]
+    dataset = _EncodedWindows(windows, processor, recipe.targets.batch_size)
+    yield from DataLoader(dataset, batch_size=None, num_workers=recipe.data.workers)
+
+
+def _vocab_size(teacher_dir: Path) -> int:
+    """Columns of the teacher's logits, which may be padded beyond the tokenizer."""
+    if not (teacher_dir / "config.json").is_file():
+        raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
+    return int(AutoConfig.from_pretrained(str(teacher_dir)).get_text_config().vocab_size)
+
+
+def _device(recipe: Recipe) -> torch.device:
+    if recipe.run.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(recipe.run.device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.teacher", description=__doc__)
+    parser.add_argument("--worker", type=int, default=0, help="this worker's number, from 0")
+    parser.add_argument("--workers", type=int, default=1, help="workers that share the pass")
+    arguments = parse_args("teacher", argv, parser)
+    print(run_pass(arguments.recipe, arguments.options.worker, arguments.options.workers))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,299 @@
+import dataclasses
+import pickle
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_targets import random_targets, roundtrip
+
+from pipeline import store as store_module
+from pipeline.errors import StoreError
+from pipeline.shards import ShardDamagedError, record_path, sealed_json, shard_path, unsealed_json
+from pipeline.store import SoftTargetStore, StoreWriter, damaged_shards
+
+VOCAB, TOP_K = 700, 8
+IDENTITY = {
+    "codec": "packed8",
+    "top_k": TOP_K,
+    "vocab_size": VOCAB,
+    "temperature": 1.0,
+    "teacher_weights": "aa11",
+    "processor_tokenizer": "bb22",
+}
+LENGTHS = ((3, 1, 9), (4, 0, 6), (2,))
+"""Answer tokens of each sample of each shard."""
+
+
+def shard_samples(shard):
+    return [
+        (f"id-{shard}-{row}", random_targets(length, VOCAB, TOP_K, seed=10 * shard + row))
+        for row, length in enumerate(LENGTHS[shard])
+    ]
+
+
+SAMPLES = {sample_id: targets for shard in range(3) for sample_id, targets in shard_samples(shard)}
+
+
+def open_writer(root, **changes):
+    return StoreWriter(root, IDENTITY | changes, num_samples=7, shard_samples=3)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    root = tmp_path_factory.mktemp("store")
+    writer = open_writer(root)
+    for shard in (1, 0, 2):
+        writer.write_shard(shard, shard_samples(shard))
+    return root
+
+
+@pytest.fixture
+def root(written, tmp_path):
+    """A copy that may be damaged."""
+    return shutil.copytree(written, tmp_path / "store")
+
+
+def read_all(root):
+    store = SoftTargetStore.open(root, IDENTITY)
+    return {sample_id: store.read(sample_id) for sample_id in store.sample_ids}
+
+
+def test_every_sample_comes_back_under_its_id(written):
+    stored = read_all(written)
+    assert stored.keys() == SAMPLES.keys()
+    for sample_id, targets in SAMPLES.items():
+        wanted = roundtrip(targets, VOCAB)
+        for field in dataclasses.fields(wanted):
+            assert torch.equal(getattr(stored[sample_id], field.name), getattr(wanted, field.name))
+
+
+def test_a_shard_is_plain_safetensors(written):
+    tensors = load_file(shard_path(written, 0))
+    assert tensors["rec"].shape == (13, 10 + TOP_K + 10)  # 8 ids of 10 bits, 8 log-probs, 5 f16
+    assert tensors["off"].tolist() == [0, 3, 4, 13]
+    assert bytes(tensors["sample_id"].tolist()).decode().split("\n") == ["id-0-0", "id-0-1", "id-0-2"]
+
+
+def test_membership(written):
+    store = SoftTargetStore.open(written, None)
+    assert len(store) == 7
+    assert "id-1-1" in store
+    assert store.missing(["id-0-0", "nope", "id-2-0", "id-9-9"]) == ["nope", "id-9-9"]
+    assert store.verify() == []
+    with pytest.raises(StoreError, match=r"no soft targets for sample nope; .*pipeline\.teacher"):
+        store.read("nope")
+
+
+def test_a_store_travels_to_worker_processes(written):
+    store = pickle.loads(pickle.dumps(SoftTargetStore.open(written, IDENTITY)))
+    assert len(store.read("id-0-2")) == 9
+
+
+def test_an_uncommitted_shard_does_not_exist(root):
+    record_path(root, 1).unlink()
+    store = SoftTargetStore.open(root, IDENTITY)
+    assert store.missing(SAMPLES) == ["id-1-0", "id-1-1", "id-1-2"]
+
+
+def test_the_bytes_depend_on_the_samples_alone(written, tmp_path):
+    writer = open_writer(tmp_path / "again")
+    (tmp_path / "again" / ".shard-00000.elsewhere-1.tmp").write_bytes(b"of a killed run")
+    for shard in range(3):
+        writer.write_shard(shard, shard_samples(shard))
+    assert contents(tmp_path / "again") == contents(written)
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+# -- damage ------------------------------------------------------------------------------------------------
+
+
+def flip(path, bit):
+    raw = bytearray(path.read_bytes())
+    raw[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "name", ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00000.json", "manifest.json"]
+)
+def test_no_flipped_bit_goes_unseen(root, name):
+    """Not only no wrong number: every flip is reported, whatever byte of the file it hits."""
+    path, rng = root / name, random.Random(name)
+    bits = rng.sample(range(8 * path.stat().st_size), 150)
+    for bit in bits:
+        flip(path, bit)
+        with pytest.raises(StoreError):
+            read_all(root)
+        flip(path, bit)
+    assert read_all(root).keys() == SAMPLES.keys()
+
+
+def test_a_damaged_record_stops_only_its_own_sample(root):
+    record = SoftTargetStore.open(root, IDENTITY).records[0]
+    flip(shard_path(root, 0), 8 * record.rec_begin)
+    store = SoftTargetStore.open(root, IDENTITY)
+    assert len(store.read("id-0-1")) == 1
+    with pytest.raises(
+        ShardDamagedError, match=r"shard-00000\.safetensors: sample id-0-0 .*verify --discard"
+    ):
+        store.read("id-0-0")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_truncated_shard_is_refused_at_open(root, keep):
+    path = shard_path(root, 1)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        ShardDamagedError, match=rf"shard-00001\.safetensors: {keep % size} bytes, .* says {size}"
+    ) as caught:
+        SoftTargetStore.open(root, IDENTITY)
+    assert "python -m pipeline.teacher" in str(caught.value)
+
+
+def test_a_missing_shard_is_refused_at_open(root):
+    shard_path(root, 2).unlink()
+    with pytest.raises(ShardDamagedError, match=r"shard-00002\.safetensors: missing, .* promises 1 samples"):
+        SoftTargetStore.open(root, IDENTITY)
+
+
+def test_a_shard_that_vanishes_after_opening_is_an_error(root):
+    store = SoftTargetStore.open(root, IDENTITY)
+    shard_path(root, 0).unlink()
+    with pytest.raises(ShardDamagedError, match="cannot be read"):
+        store.read("id-0-0")
+
+
+def test_all_damaged_shards_are_named_together(root):
+    shard_path(root, 0).unlink()
+    record_path(root, 2).write_text("{}")
+    with pytest.raises(ShardDamagedError, match=r"(?s)2 damaged shard.*shard-00000.*shard-00002"):
+        SoftTargetStore.open(root, IDENTITY)
+
+
+def test_exchanged_records_are_seen(root):
+    one, two = record_path(root, 0), record_path(root, 1)
+    raw = one.read_bytes()
+    one.write_bytes(two.read_bytes())
+    two.write_bytes(raw)
+    with pytest.raises(ShardDamagedError, match="describes shard 1"):
+        SoftTargetStore.open(root, IDENTITY)
+
+
+def test_a_shard_of_another_store_is_seen(root, tmp_path):
+    open_writer(tmp_path / "other", teacher_weights="cc33").write_shard(0, shard_samples(0))
+    for path in (shard_path, record_path):
+        shutil.copy(path(tmp_path / "other", 0), path(root, 0))
+    with pytest.raises(ShardDamagedError, match="another identity"):
+        SoftTargetStore.open(root, IDENTITY)
+
+
+def test_verify_sees_a_file_that_no_checksum_of_a_sample_covers(root):
+    """A shard rewritten whole, with its index hash but not its file hash mended."""
+    content = unsealed_json(record_path(root, 0))
+    record_path(root, 0).write_bytes(sealed_json(content | {"xxh3_128": "0" * 32}))
+    assert list(damaged_shards(root)) == [0]
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_not_committed_and_can_be_written_again(root, written):
+    flip(shard_path(root, 0), 100)
+    writer = open_writer(root)
+    whole, problems = writer.committed()
+    assert whole == {1, 2}
+    assert len(problems) == 1
+    writer.write_shard(0, shard_samples(0))
+    assert contents(root) == contents(written)
+
+
+def test_another_identity_is_refused_with_both_values(root, written):
+    wanted = IDENTITY | {"teacher_weights": "dd44", "temperature": 2.0}
+    for attempt in (lambda: SoftTargetStore.open(root, wanted), lambda: open_writer(root, **wanted)):
+        with pytest.raises(StoreError) as caught:
+            attempt()
+        message = str(caught.value)
+        assert "temperature: store 1.0, this run 2.0" in message
+        assert "teacher_weights: store 'aa11', this run 'dd44'" in message
+        assert "processor_tokenizer" not in message
+    assert contents(root) == contents(written)
+
+
+def test_another_layout_is_refused(root):
+    with pytest.raises(StoreError, match="shard_samples: store 3, this run 4"):
+        StoreWriter(root, IDENTITY, num_samples=7, shard_samples=4)
+
+
+def test_an_unknown_codec_is_refused(tmp_path):
+    open_writer(tmp_path, codec="packed9")
+    with pytest.raises(StoreError, match=r"unknown codec 'packed9'; known here: \['packed8'\]"):
+        SoftTargetStore.open(tmp_path, None)
+
+
+def test_no_store_is_an_error_with_a_command(tmp_path):
+    with pytest.raises(StoreError, match=r"no soft-target store; `python -m pipeline\.teacher"):
+        SoftTargetStore.open(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([("a", random_targets(2, VOCAB, TOP_K + 1))], "sample a: top_k is 9, the store's is 8"),
+        ([("a", random_targets(2, VOCAB, TOP_K))] * 2, "occurs twice"),
+        ([("a\nb", random_targets(2, VOCAB, TOP_K))], "without line breaks"),
+    ],
+)
+def test_bad_samples_are_refused_before_anything_is_written(tmp_path, samples, message):
+    writer = open_writer(tmp_path)
+    with pytest.raises(StoreError, match=message):
+        writer.write_shard(0, samples)
+    assert contents(tmp_path).keys() == {"manifest.json"}
+
+
+def test_a_sample_in_two_shards_is_refused(tmp_path):
+    writer = open_writer(tmp_path)
+    for shard in range(2):
+        writer.write_shard(shard, shard_samples(0))
+    with pytest.raises(StoreError, match="in two shards"):
+        SoftTargetStore.open(tmp_path, IDENTITY)
+
+
+@pytest.mark.parametrize("samples", [[], [("a", random_targets(2, VOCAB, TOP_K).rows(slice(0, 0)))]])
+def test_shards_without_tokens(tmp_path, samples):
+    open_writer(tmp_path).write_shard(0, samples)
+    assert [len(targets) for targets in read_all(tmp_path).values()] == [0] * len(samples)
+    assert damaged_shards(tmp_path) == {}
+
+
+# -- command line ------------------------------------------------------------------------------------------
+
+
+def command(root, *arguments):
+    recipe = root.parent / "recipe.yaml"
+    recipe.write_text(f"run: {{dir: {root.parent}}}\ntargets: {{store: {root}}}\n")
+    return store_module.main([*arguments, "--config", str(recipe)])
+
+
+def test_verify_and_discard(root, capsys):
+    assert command(root, "verify") == 0
+    assert "3 shard(s) whole, 0 damaged" in capsys.readouterr().out
+    record = SoftTargetStore.open(root, IDENTITY).records[1]
+    flip(shard_path(root, 1), 8 * record.rec_begin + 3)  # a byte that opening does not read
+    assert command(root, "verify") == 1
+    assert "2 shard(s) whole, 1 damaged" in capsys.readouterr().out
+    assert command(root, "verify", "--discard") == 1
+    assert command(root, "verify") == 0
+    assert open_writer(root).committed()[0] == {0, 2}
+
+
+def test_stats(root, capsys):
+    assert command(root, "stats") == 0
+    out = capsys.readouterr().out
+    entropy = torch.cat([targets.entropy for targets in SAMPLES.values()]).mean().item()
+    assert f"entropy (nats)         {entropy:.3f}"[:-1] in out

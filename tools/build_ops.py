@@ -1,0 +1,7 @@
+"""Compile the one DeepSpeed operator that CPU collectives use, so that no first training step waits for it."""
+
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+if __name__ == "__main__":
+    ShareMemCommBuilder().load(verbose=False)
+    print("DeepSpeed's shared-memory collectives are built")
