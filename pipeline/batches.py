@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import DataConfig
 from pipeline.data import Sample
+from pipeline.errors import StoreError
 from pipeline.processor import Encoded, Processor, collate
 from pipeline.store import SoftTargetStore
-from pipeline.targets import SoftTargets
+from pipeline.targets import SoftTargets, concatenate
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
@@ -51,20 +52,19 @@ class MicroBatch:
         """Move to a device; pixel values are cast to the model's dtype."""
         inputs = {k: v.to(device, dtype if k == "pixel_values" else None) for k, v in self.inputs.items()}
         moved = {k: getattr(self, k).to(device) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
-        targets = None if self.targets is None else SoftTargets(**{k: v.to(device) for k, v in fields(self.targets).items()})
+        targets = None if self.targets is None else self.targets.to(device)
         return MicroBatch(request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, **moved)
-
-
-def fields(targets: SoftTargets) -> dict[str, Tensor]:
-    """The tensors of a SoftTargets by field name."""
-    return {name: getattr(targets, name) for name in ("ids", "logprobs", "tail_logprob", "gold_logprob", "entropy")}
 
 
 class MicroBatches(Dataset[MicroBatch]):
     """Builds micro-batches for a list of requests; a torch DataLoader runs it in workers."""
 
     def __init__(
-        self, samples: Sequence[Sample], processor: Processor, store: SoftTargetStore | None, requests: Sequence[Request]
+        self,
+        samples: Sequence[Sample],
+        processor: Processor,
+        store: SoftTargetStore | None,
+        requests: Sequence[Request],
     ) -> None:
         self.samples, self.processor, self.store, self.requests = samples, processor, store, requests
 
@@ -111,14 +111,19 @@ def _join_targets(
     wanted = request.alpha_B > 0
     if store is None or not wanted.any():
         return None
-    parts: list[SoftTargets | None] = [store.read(e.sample_id) if w else None for e, w in zip(encoded, wanted, strict=True)]
-    top_k = next(p.ids.shape[1] for p in parts if p is not None)
+    parts: list[SoftTargets | None] = [
+        store.read(e.sample_id) if w else None for e, w in zip(encoded, wanted, strict=True)
+    ]
+    top_k = next(p.top_k for p in parts if p is not None)
     filled = []
     for part, count, sample in zip(parts, counts, encoded, strict=True):
-        if part is not None and len(part.ids) != count:
-            raise AssertionError(f"sample {sample.sample_id}: store has {len(part.ids)} answer tokens, the run has {count}")
+        if part is not None and len(part) != count:
+            raise StoreError(
+                f"sample {sample.sample_id}: the store has {len(part)} answer tokens, this run has {count}. "
+                "Make the store again with `python -m pipeline.teacher`."
+            )
         filled.append(part if part is not None else _inert(count, top_k))
-    return SoftTargets(**{k: torch.cat([fields(p)[k] for p in filled]) for k in fields(filled[0])})
+    return concatenate(filled)
 
 
 def _inert(count: int, top_k: int) -> SoftTargets:

@@ -148,7 +148,11 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _exactly_one_origin(self) -> Self:
-        origins = [self.path is not None, self.text is not None or self.vision is not None, self.upcycle is not None]
+        origins = [
+            self.path is not None,
+            self.text is not None or self.vision is not None,
+            self.upcycle is not None,
+        ]
         if sum(origins) != 1:
             raise ValueError("give exactly one of `path`, `text` and `vision` together, or `upcycle`")
         if origins[1] and (self.text is None or self.vision is None):
@@ -384,7 +388,9 @@ class Arguments:
     options: argparse.Namespace
 
 
-def parse_args(stage: str, argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None) -> Arguments:
+def parse_args(
+    stage: str, argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
+) -> Arguments:
     """Parse `--config RECIPE.yaml [section.key=value ...]` plus the stage's own options."""
     parser = parser or argparse.ArgumentParser(prog=f"python -m pipeline.{stage}")
     parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
@@ -457,7 +463,11 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     kind: Any = Recipe
     for part in loc:
         section = _section_of(kind)
-        kind = section.model_fields[str(part)].annotation if section and str(part) in section.model_fields else get_args(kind)[-1]
+        kind = (
+            section.model_fields[str(part)].annotation
+            if section and str(part) in section.model_fields
+            else get_args(kind)[-1]
+        )
     section = _section_of(kind)
     return sorted(section.model_fields) if section else []
 

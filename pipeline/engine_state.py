@@ -198,9 +198,9 @@ def _read_local(engine: Any, parameter: nn.Parameter, moment: str | None) -> Ten
     if moment is not None:
         return torch.as_tensor(_base_optimizer(engine).state[parameter][moment])
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             return parameter.detach().float().clone()
     return parameter.detach().float()
 

@@ -165,8 +165,10 @@ def save_model(model: PreTrainedModel, processor: Processor | Path | str, dst: P
     model.save_pretrained(str(dst))
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a checkpoint folder in evaluation mode, on the CPU, attention by torch's SDPA.
+def load_model(
+    path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """Load a checkpoint folder in evaluation mode, on the CPU. `attention`: transformers' attention implementation.
 
     Raises:
         UserError: no checkpoint there, or one that cannot be read or misses weights.
@@ -177,7 +179,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             f"{path}: there is no model (no config.json). Run the stage that writes it, "
             "or correct the model reference in the recipe."
         )
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "local_files_only": True}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
     loaded: Any
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(str(path), output_loading_info=True, **options)

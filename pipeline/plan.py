@@ -31,7 +31,12 @@ class WindowPlan:
         settings: CurriculumConfig | None,
         hardness: HardnessConfig,
     ) -> None:
-        self.num_samples, self.batch_size, self.window_steps, self.seed = num_samples, batch_size, window_steps, seed
+        self.num_samples, self.batch_size, self.window_steps, self.seed = (
+            num_samples,
+            batch_size,
+            window_steps,
+            seed,
+        )
         self.settings, self.hardness = settings, hardness
         self.start = self.end = 0
         self.order: Indices = np.zeros(0, np.int64)

@@ -127,11 +127,13 @@ def write_shard(
         index_xxh3_64=xxhash.xxh3_64_hexdigest(raw[:begin] + raw[end:]),
         xxh3_128=xxhash.xxh3_128_hexdigest(raw),
     )
-    record_path(root, shard).unlink(missing_ok=True)  # a rebuilt shard counts only once it is whole
-    write_atomic(shard_path(root, shard), raw)
-    write_atomic(record_path(root, shard), sealed_json(asdict(record)))
-    for leftover in root.glob(f".shard-{shard:05d}.*.tmp"):  # of killed runs
-        leftover.unlink(missing_ok=True)
+    try:
+        write_atomic(shard_path(root, shard), raw)
+        write_atomic(record_path(root, shard), sealed_json(asdict(record)))
+    except FileNotFoundError:  # whoever commits a shard clears its leftovers
+        problem = f"{shard_path(root, shard)}: another process writes it too; give each a different --worker"
+        raise StoreError(problem) from None
+    clear_leftovers(shard_path(root, shard))
     return record
 
 
@@ -186,30 +188,35 @@ def read_record(root: Path, shard: int) -> CommitRecord:
     except TypeError as error:
         raise ShardDamagedError(f"{path}: not a commit record of this version: {error}") from None
     if record.format_version != FORMAT_VERSION:
-        raise ShardDamagedError(
-            f"{path}: format version {record.format_version}, this code reads {FORMAT_VERSION}"
-        )
+        raise ShardDamagedError(f"{path}: format version {record.format_version}, this code reads {FORMAT_VERSION}")
     if record.shard != shard:
         raise ShardDamagedError(f"{path}: describes shard {record.shard}")
     return record
 
 
 def write_atomic(path: Path, raw: bytes) -> None:
-    """Write a file so that after a crash or power cut it is either absent (or as before) or whole."""
+    """Write a file so that after a crash or power cut it is either absent (or as before) or whole.
+
+    Raises:
+        FileNotFoundError: another process finished the same file and cleared this one's temporary.
+    """
     temporary = path.with_name(f".{path.stem}.{os.uname().nodename}-{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         file.write(raw)
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.replace(temporary, path)
-    except FileNotFoundError:  # whoever commits a shard clears its leftovers
-        raise StoreError(f"{path}: another process wrote it too. Give each a different --worker.") from None
+    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself is durable only then
     finally:
         os.close(folder)
+
+
+def clear_leftovers(path: Path) -> None:
+    """Remove the temporary files of killed runs beside a file that is whole."""
+    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def sealed_json(content: dict[str, Any]) -> bytes:

@@ -110,7 +110,11 @@ def _forward(context: StepContext, micro: MicroBatch, num_tokens: float, stats: 
         normaliser=context.normaliser,
     )
     loss = terms.loss_sum / num_tokens
-    stats.add(tokens=len(micro.labels_N), samples=len(micro.sample_ids), positions=micro.inputs["attention_mask"].sum())
+    stats.add(
+        tokens=len(micro.labels_N),
+        samples=len(micro.sample_ids),
+        positions=micro.inputs["attention_mask"].sum(),
+    )
     stats.add(loss=terms.loss_sum.detach(), ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
     _measure_hardness(context, micro, terms, stats)
     if context.probe is not None:
@@ -150,8 +154,8 @@ def _router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, st
     share = 1.0 / (num_valid * context.engine.gradient_accumulation_steps())
     total = logits[0].new_zeros(())
     for layer, (logits_TE, load_E) in enumerate(zip(logits, load_LE, strict=True)):
-        balance, _ = losses.balance_loss(logits_TE, valid_T, (load_E / load_E.sum()).float())
-        z, _ = losses.router_z_loss(logits_TE, valid_T)
+        balance = losses.balance_loss(logits_TE, valid_T, (load_E / load_E.sum()).float())
+        z = losses.router_z_loss(logits_TE, valid_T)
         total = total + share * (context.job.router.balance * balance + context.job.router.z * z)
         stats.add(balance=balance.detach() * share, z=z.detach() * share)
         stats.add(**{f"router_entropy/{layer}": losses.router_entropy(logits_TE.detach(), valid_T) * share})

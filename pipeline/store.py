@@ -7,6 +7,7 @@ shard); `shards.py` describes a shard. Every byte is checked before a number mad
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from pipeline.shards import (
     ShardDamagedError,
     ShardIndex,
     check_shard,
+    clear_leftovers,
     open_shard,
     read_record,
     record_path,
@@ -59,8 +61,10 @@ class StoreWriter:
         layout = {"num_samples": num_samples, "shard_samples": shard_samples}
         if not _manifest_path(root).exists():
             root.mkdir(parents=True, exist_ok=True)
-            write_atomic(_manifest_path(root), sealed_json({"identity": identity, "layout": layout}))
-        manifest = _read_manifest(root)  # read back: another worker may have been first
+            with contextlib.suppress(FileNotFoundError):  # another worker was first
+                write_atomic(_manifest_path(root), sealed_json({"identity": identity, "layout": layout}))
+        manifest = _read_manifest(root)  # read back, for the same reason
+        clear_leftovers(_manifest_path(root))
         _refuse_differences(root, "identity", manifest["identity"], identity)
         _refuse_differences(root, "layout", manifest["layout"], layout)
 
@@ -89,6 +93,8 @@ class StoreWriter:
     def committed(self) -> tuple[set[int], list[str]]:
         """Shards that are whole, and one line for each that is damaged and has to be written again."""
         shards, problems = _open_shards(self.root, self.identity)
+        for shard in shards.values():
+            clear_leftovers(shard.path)  # of a run that was killed right after its commit
         return set(shards), problems
 
 
@@ -209,9 +215,7 @@ def _manifest_path(root: Path) -> Path:
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = _manifest_path(root)
     if not path.is_file():
-        raise StoreError(
-            f"{root}: no soft-target store; `python -m pipeline.teacher --config RECIPE.yaml` makes it"
-        )
+        raise StoreError(f"{root}: no soft-target store; `python -m pipeline.teacher --config RECIPE.yaml` makes it")
     try:
         return unsealed_json(path)
     except ShardDamagedError as error:
@@ -307,9 +311,7 @@ _ACTIONS = {"verify": _verify, "inspect": _inspect, "stats": _stats}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 1 when `verify` finds damage."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.store", description="Look at a soft-target store."
-    )
+    parser = argparse.ArgumentParser(prog="python -m pipeline.store", description="Look at a soft-target store.")
     parser.add_argument("action", choices=_ACTIONS)
     parser.add_argument("--discard", action="store_true", help="verify: drop damaged shards, to be rebuilt")
     parser.add_argument("--sample", metavar="ID", help="inspect: the sample to show")

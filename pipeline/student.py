@@ -146,7 +146,7 @@ def _check(dense: PreTrainedConfig, config: UpcycleConfig) -> None:
     text, problems = dense.get_text_config(), []
     if config.top_k < 2:
         problems.append(
-            "top_k 1: its renormalised weight is always 1: the task gives the router no gradient; use 2 or more"
+            "top_k 1: its renormalised weight is always 1, so the router gets no gradient; use 2 or more"
         )
     if config.top_k > config.experts:
         problems.append(f"top_k {config.top_k} exceeds experts {config.experts}")

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 from pipeline import checkpoint, curriculum, export, models, moe
 from pipeline.batches import MicroBatch, MicroBatches, Request, iterate
 from pipeline.config import CurriculumConfig, JobConfig, Recipe, parse_args
-from pipeline.plan import WindowPlan
 from pipeline.data import read_samples
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.hardness import HardnessTable
 from pipeline.losses import WeightNormaliser
 from pipeline.metrics import MetricsLogger
+from pipeline.plan import WindowPlan
 from pipeline.processor import Processor
 from pipeline.step import StepContext, StepStats, run_step
 from pipeline.store import SoftTargetStore
@@ -83,7 +83,12 @@ class Trainer:
         self.step = 0
         window_steps = (job.curriculum or CurriculumConfig()).window_steps
         self.plan = WindowPlan(
-            len(self.samples), job.global_batch_size, window_steps, recipe.run.seed, job.curriculum, job.hardness
+            len(self.samples),
+            job.global_batch_size,
+            window_steps,
+            recipe.run.seed,
+            job.curriculum,
+            job.hardness,
         )
 
     # -- set-up ------------------------------------------------------------------------------------------------
@@ -110,7 +115,9 @@ class Trainer:
         return Distillation(store, table, WeightNormaliser())
 
     def _engine(self, ds_json: dict[str, Any]) -> Any:
-        model = models.load_model(self.recipe.model_dir(self.job.init))
+        # On CPUs the backward of SDPA takes 1.8x the whole step that plain matrix products take.
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
+        model = models.load_model(self.recipe.model_dir(self.job.init), attention=attention)
         models.check_compatible(model, self.processor)
         config = moe.prepare_deepspeed_config(ds_json, self.job, model.config, self.world)
         if self.job.activation_checkpointing:
@@ -183,9 +190,7 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         settings = self.job.curriculum or CurriculumConfig()
-        competence = curriculum.competence(
-            self._tau(self.step), settings.competence_start, settings.competence_until
-        )
+        competence = curriculum.competence(self._tau(self.step), settings.competence_start, settings.competence_until)
         tilt = self.job.distill.token_tilt if self.job.distill else 0.0
         beta = curriculum.tilt(competence, settings.competence_start, tilt)
         normaliser = self.distillation.normaliser.value if self.distillation else 1.0
@@ -268,9 +273,21 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that define the training's result; how it is spread over ranks is left out on purpose."""
-        free = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "activation_checkpointing"}
+        free = {
+            "micro_batch_size",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "log_every",
+            "activation_checkpointing",
+        }
         settings: dict[str, Any] = json.loads(self.job.model_dump_json(exclude=free))
         return settings | {"seed": self.recipe.run.seed, "num_samples": len(self.samples)}
+
+
+def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
+    """Whether the job's final model is written: it was exported after the last step."""
+    report = recipe.model_dir(f"jobs.{name}") / export.REPORT
+    return report.is_file() and int(json.loads(report.read_text())["step"]) == job.steps
 
 
 def freeze(model: PreTrainedModel, trainable: str) -> None:
@@ -348,7 +365,13 @@ def _lock(file: IO[str], job_dir: Path) -> None:
 
 def _start_distributed() -> None:
     """Join the launcher's group, or form a group of one when started without a launcher."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     if "RANK" not in os.environ:
         os.environ.update(alone)
     deepspeed.init_distributed()
@@ -364,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path: Path = args.options.deepspeed_config
     if not path.is_file():
         raise ConfigError(f"{path}: no such DeepSpeed config; see ds_configs/. Nothing was started.")
-    if export.is_written(recipe, name):
+    if finished(recipe, name, job):
         print(f"job {name!r} is finished: {recipe.model_dir(f'jobs.{name}')}")
         return 0
     stop = StopFlag()

@@ -42,7 +42,8 @@ def main(spec: dict[str, Any]) -> None:
     if spec.get("load"):
         loaded = checkpoint.load(engine, Path(spec["load"]))
         assert loaded is not None
-        assert loaded.state["note"] == "kept" and loaded.arrays["a"].tolist() == [1.0, 2.0]
+        assert loaded.state["note"] == "kept"
+        assert loaded.arrays["a"].tolist() == [1.0, 2.0]
         first = loaded.step
     started = time.perf_counter()
     for step in range(first, spec["steps"]):

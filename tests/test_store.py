@@ -138,9 +138,7 @@ def test_a_damaged_record_stops_only_its_own_sample(root):
     flip(shard_path(root, 0), 8 * record.rec_begin)
     store = SoftTargetStore.open(root, IDENTITY)
     assert len(store.read("id-0-1")) == 1
-    with pytest.raises(
-        ShardDamagedError, match=r"shard-00000\.safetensors: sample id-0-0 .*verify --discard"
-    ):
+    with pytest.raises(ShardDamagedError, match=r"shard-00000\.safetensors: sample id-0-0 .*verify --discard"):
         store.read("id-0-0")
 
 

@@ -57,9 +57,7 @@ def test_from_logits_equals_the_dense_distribution(temperature):
         order = p[t].argsort(descending=True)
         assert targets.ids[t].tolist() == order[:5].tolist()
         torch.testing.assert_close(targets.logprobs[t].double(), p[t, order[:5]].log(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(
-            targets.tail_logprob[t].double(), p[t, order[5:]].sum().log(), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(targets.tail_logprob[t].double(), p[t, order[5:]].sum().log(), rtol=1e-5, atol=1e-6)
     dense = torch.distributions.Categorical(p)
     torch.testing.assert_close(targets.entropy.double(), dense.entropy(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(targets.gold_logprob.double(), dense.log_prob(gold), rtol=1e-5, atol=1e-6)
@@ -93,17 +91,11 @@ def test_logits_that_are_not_finite_are_refused(value):
 def test_ids_survive_at_every_width(vocab, bits):
     assert id_bits(vocab) == bits
     for top_k in [k for k in (1, 2, 7, 8, 9, 32) if k < vocab]:
-        ids = torch.stack(
-            [torch.randperm(min(vocab, 1 << 16))[:top_k] + vocab - min(vocab, 1 << 16) for _ in range(5)]
-        )
+        ids = torch.stack([torch.randperm(min(vocab, 1 << 16))[:top_k] + vocab - min(vocab, 1 << 16) for _ in range(5)])
         ids[0, 0], ids[-1, -1] = vocab - 1, 0
         targets = SoftTargets(ids, torch.full(ids.shape, -4.0), *torch.full((3, 5), -1.0))
         records = CODEC.encode(targets, vocab)
-        assert (
-            records.shape
-            == (5, math.ceil(top_k * bits / 8) + top_k + 10)
-            == (5, CODEC.record_bytes(top_k, vocab))
-        )
+        assert records.shape == (5, math.ceil(top_k * bits / 8) + top_k + 10) == (5, CODEC.record_bytes(top_k, vocab))
         assert torch.equal(CODEC.decode(records, top_k, vocab).ids, ids)
 
 
@@ -119,9 +111,7 @@ def test_ids_are_a_plain_little_endian_bit_stream():
 @pytest.mark.parametrize("top_k", [32, 64])
 def test_the_stored_kl_is_within_a_hundred_thousandth_of_the_exact_one(top_k):
     exact = random_targets(256, 20_000, top_k)
-    student = peaky_logits(256, 20_000) + 0.7 * torch.randn(
-        256, 20_000, generator=torch.Generator().manual_seed(9)
-    )
+    student = peaky_logits(256, 20_000) + 0.7 * torch.randn(256, 20_000, generator=torch.Generator().manual_seed(9))
     stored = roundtrip(exact, 20_000)
     assert 0.6 < exact.logprobs[:, 0].exp().mean() < 0.9
     kl_exact, kl_stored = sparse_kl(exact, student), sparse_kl(stored, student)
@@ -163,8 +153,7 @@ def test_extreme_teachers_are_stored_without_nan():
     logits[2, 4:20] = -math.inf
     stored = roundtrip(from_logits(logits, torch.tensor([39, 5, 3]), 8, 1.0), 40)
     assert not any(
-        torch.isnan(getattr(stored, name)).any()
-        for name in ("logprobs", "tail_logprob", "gold_logprob", "entropy")
+        torch.isnan(getattr(stored, name)).any() for name in ("logprobs", "tail_logprob", "gold_logprob", "entropy")
     )
     assert stored.logprobs[0, :2].exp().sum() == pytest.approx(1.0, abs=1e-6)
     assert stored.logprobs[0, 2] == pytest.approx(math.log(0.5) - LOGPROB_FLOOR, abs=0.1)
@@ -177,9 +166,7 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
     targets = random_targets(9001, 640, 4)
     whole = CODEC.encode(targets, 640)
     assert (CODEC.encode(targets.rows(slice(8000, 8010)), 640) == whole[8000:8010]).all()
-    assert torch.equal(
-        CODEC.decode(whole, 4, 640).logprobs[4095:4097], CODEC.decode(whole[4095:4097], 4, 640).logprobs
-    )
+    assert torch.equal(CODEC.decode(whole, 4, 640).logprobs[4095:4097], CODEC.decode(whole[4095:4097], 4, 640).logprobs)
 
 
 def test_no_tokens_are_fine():

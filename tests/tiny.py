@@ -1,6 +1,14 @@
 """Tiny Qwen3-VL models, uneven batches and a plain torch trainer that the parallel ones are compared with."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -13,32 +21,68 @@ from transformers import (
 
 from pipeline.config import JobConfig
 
-TEXT = dict(
-    vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, tie_word_embeddings=True,
-    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True},
-)  # fmt: skip
-VISION = dict(
-    depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, out_hidden_size=32,
-    deepstack_visual_indexes=[0], num_position_embeddings=16, spatial_merge_size=2, temporal_patch_size=2,
-)  # fmt: skip
-TOKENS = dict(image_token_id=110, vision_start_token_id=111, vision_end_token_id=112, video_token_id=113)
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, decoder_sparse_step=2, moe_intermediate_size=48)
+TEXT: dict[str, Any] = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+    "out_hidden_size": 32,
+    "deepstack_visual_indexes": [0],
+    "num_position_embeddings": 16,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+TOKENS = {
+    "image_token_id": 110,
+    "vision_start_token_id": 111,
+    "vision_end_token_id": 112,
+    "video_token_id": 113,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "decoder_sparse_step": 2,
+    "moe_intermediate_size": 48,
+}
 LENGTHS = (29, 7, 18, 12)
 """Tokens of the four samples of a global batch: uneven on purpose."""
 
 
 def dense_model(seed: int = 0) -> Qwen3VLForConditionalGeneration:
+    """Weights large enough that logits are not all alike."""
     torch.manual_seed(seed)
     config = Qwen3VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True, **TOKENS)
-    return Qwen3VLForConditionalGeneration(config).eval()
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name and "weight" in name:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
 
 
 def moe_model(seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
     """Weights large enough that routing differs between tokens and experts matter."""
     torch.manual_seed(seed)
-    text = TEXT | EXPERTS
-    config = Qwen3VLMoeConfig(text_config=text, vision_config=VISION, tie_word_embeddings=True, **TOKENS)
+    config = Qwen3VLMoeConfig(
+        text_config=TEXT | EXPERTS, vision_config=VISION, tie_word_embeddings=True, **TOKENS
+    )
     model = Qwen3VLMoeForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight") or ".experts." in name:
@@ -49,16 +93,12 @@ def moe_model(seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
 def sample(step: int, index: int) -> dict[str, Tensor]:
     """One sample of a global batch: an image, then text; labels (unshifted) on a sample-dependent tail."""
     generator = torch.Generator().manual_seed(1000 * step + index)
-    length = LENGTHS[index]
-    ids = torch.randint(0, 100, (length,), generator=generator)
+    ids = torch.randint(0, 100, (LENGTHS[index],), generator=generator)
     ids[:3] = torch.tensor([111, 110, 112])
     labels = ids.clone()
     labels[: 4 + index] = -100
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "pixel_values": torch.randn(4, 3 * 2 * 4 * 4, generator=generator),
-    }
+    pixels = torch.randn(4, 3 * 2 * 4 * 4, generator=generator)
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 
 def collate(samples: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -78,27 +118,33 @@ def collate(samples: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor
     return inputs, labels
 
 
+def global_batch(step: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """(model inputs, labels) of all samples of a step."""
+    return collate([sample(step, i) for i in range(len(LENGTHS))])
+
+
 def global_tokens(step: int) -> int:
+    """Labels of a global batch that a shifted loss sees."""
     return sum(int((sample(step, i)["labels"][1:] != -100).sum()) for i in range(len(LENGTHS)))
 
 
 def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Sum of next-token cross-entropies in nats."""
-    return cross_entropy(
-        logits_BSV[:, :-1].float().flatten(0, 1), labels_BS[:, 1:].flatten(), reduction="sum"
-    )
+    logits_NV = logits_BSV[:, :-1].float().flatten(0, 1)
+    return cross_entropy(logits_NV, labels_BS[:, 1:].flatten(), reduction="sum")
 
 
 def job(**changes: object) -> JobConfig:
-    values: dict[str, object] = dict(
-        init="models.x",
-        steps=10,
-        global_batch_size=4,
-        micro_batch_size=2,
-        lr=0.01,
-        weight_decay=0.1,
-        grad_clip=0.05,
-    )
+    """A job over the four samples, clipping active."""
+    values: dict[str, object] = {
+        "init": "models.x",
+        "steps": 10,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "lr": 0.01,
+        "weight_decay": 0.1,
+        "grad_clip": 0.05,
+    }
     return JobConfig.model_validate(values | changes)
 
 
@@ -107,7 +153,7 @@ def reference_run(model: PreTrainedModel, steps: int, lr: float, clip: float) ->
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     history = []
     for step in range(steps):
-        inputs, labels = collate([sample(step, i) for i in range(len(LENGTHS))])
+        inputs, labels = global_batch(step)
         loss = loss_sum(model(**inputs).logits, labels) / global_tokens(step)
         optimizer.zero_grad()
         loss.backward()
@@ -115,3 +161,21 @@ def reference_run(model: PreTrainedModel, steps: int, lr: float, clip: float) ->
         optimizer.step()
         history.append((loss.item(), norm.item()))
     return history
+
+
+def launch(folder: Path, ranks: int, **spec: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Run engine_worker.py with one process per rank: (what rank 0 recorded, final parameters by HF name)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "result.json"
+    (folder / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("engine_worker.py")), str(folder / "spec.json")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text()), load_file(f"{out}.safetensors")

@@ -1,0 +1,196 @@
+"""Distillation and router losses: pure functions of tensors. No config, no model, no collectives.
+
+Shape suffixes: N = answer tokens (batch and sequence flattened), V = vocabulary, K = teacher top-k, T = positions of a
+padded batch, E = experts, B = samples. The caller divides sums once, by counts over the global batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.targets import SoftTargets
+
+NORMALISER_EMA = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class DistillationTerms:
+    """One micro-batch's share of METHOD section 7, as sums."""
+
+    loss_sum: Tensor
+    """Differentiable scalar: sum over tokens of (1 - alpha) CE + alpha b KL."""
+    ce_N: Tensor
+    kl_N: Tensor | None
+    """KL per token at temperature 1 scale T^2; None without targets."""
+    hardness_N: Tensor | None
+    weight_sum: Tensor
+    """Sum of alpha-weighted KL weights before normalisation."""
+    weight_count: Tensor
+    """Sum of alpha."""
+
+
+def cross_entropy_per_token(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """-log q(y) in nats, float32 [N]."""
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+
+
+def sparse_kl_per_token(
+    student_logits_NV: Tensor,
+    ids_NK: Tensor,
+    logprobs_NK: Tensor,
+    tail_logprob_N: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """KL(teacher || student) per token in nats, the teacher's unstored tail kept as one bucket.
+
+        T^2 [ sum_k p_k (log p_k - log q_k) + p_tail (log p_tail - log q_tail) ]
+
+    A lower bound of the full KL (log-sum inequality), equal when the tail is one token. T^2 keeps the gradient's size
+    independent of T [published: Hinton 2015, arXiv:1503.02531, sec. 2].
+
+    Args:
+        student_logits_NV: raw logits, any float dtype; computed in float32.
+        ids_NK: int64 in [0, V), distinct within a row, K < V.
+        logprobs_NK: natural-log probabilities at `temperature`, not renormalised.
+        tail_logprob_N: log of the mass outside the top K; -inf if there is none.
+        temperature: the temperature the targets were made at.
+
+    Raises:
+        ValueError: K >= V, or ids and log-probabilities disagree in shape.
+    """
+    num_vocab, top_k = student_logits_NV.shape[-1], ids_NK.shape[-1]
+    if top_k >= num_vocab:
+        raise ValueError(f"top_k ({top_k}) must be smaller than the vocabulary ({num_vocab})")
+    if ids_NK.shape != logprobs_NK.shape:
+        raise ValueError(
+            f"teacher ids {tuple(ids_NK.shape)} and log-probabilities {tuple(logprobs_NK.shape)} differ in shape"
+        )
+    log_q_NV = torch.log_softmax(student_logits_NV.float() / temperature, dim=-1)
+    # Exact tail: 1 - sum_k q_k would cancel catastrophically as the student sharpens.
+    log_q_tail_N = log_q_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(dim=-1)
+    log_q = torch.cat([log_q_NV.gather(-1, ids_NK), log_q_tail_N[:, None]], dim=-1)
+    log_p = torch.cat([logprobs_NK, tail_logprob_N[:, None]], dim=-1).float()
+    p = log_p.exp()
+    return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
+
+
+def token_hardness(kl_N: Tensor) -> Tensor:
+    """h = sqrt(1 - exp(-KL)) in [0, 1): Bretagnolle-Huber bound on total variation [published]; as hardness [ours].
+
+    `kl_N` in nats at the targets' temperature, without the T^2.
+    """
+    return torch.sqrt((-torch.expm1(-kl_N.clamp(min=0))).clamp(0, 1))
+
+
+def learnability_gate(ce_student_N: Tensor, ce_teacher_N: Tensor, scale: float) -> Tensor:
+    """rho = sigmoid((CE_student - CE_teacher) / s): small where the teacher itself is wrong.
+
+    [published idea: excess loss, Rho-1, arXiv:2404.07965; soft gate ours]
+    """
+    return torch.sigmoid((ce_student_N - ce_teacher_N) / scale)
+
+
+def token_tilt(hardness_N: Tensor, beta: float) -> Tensor:
+    """exp(beta (2h - 1)): hard tokens weigh more for beta > 0, less for beta < 0, all the same at 0. [ours]"""
+    return torch.exp(beta * (2 * hardness_N - 1))
+
+
+def distillation_loss(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    targets: SoftTargets | None,
+    alpha_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    gate_scale: float | None = None,
+    beta: float = 0.0,
+    normaliser: float = 1.0,
+) -> DistillationTerms:
+    """sum_t [(1 - alpha) CE + alpha (w / normaliser) KL], w = gate * tilt without gradient (METHOD section 7).
+
+    alpha = 0 everywhere is exactly SFT; no gate, beta 0 and normaliser 1 is exactly vanilla KD.
+
+    Args:
+        logits_NV: student logits of the rows that predict `labels_N`.
+        targets: one row per token; None needs alpha 0 everywhere. Rows with alpha 0 may hold anything finite.
+        alpha_N: share of the KL term, in [0, 1].
+        gate_scale: s of the learnability gate in nats; None turns the gate off.
+        beta: tilt on token hardness.
+        normaliser: mean weight of past global batches (`WeightNormaliser`).
+    """
+    ce_N = cross_entropy_per_token(logits_NV, labels_N)
+    if targets is None:
+        if bool((alpha_N > 0).any()):
+            raise ValueError("alpha > 0 needs soft targets, and there are none")
+        zero = ce_N.new_zeros(())
+        return DistillationTerms(ce_N.sum(), ce_N.detach(), None, None, zero, zero)
+    kl_N = sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
+    with torch.no_grad():
+        hardness_N = token_hardness(kl_N / temperature**2)
+        weight_N = token_tilt(hardness_N, beta)
+        if gate_scale is not None:
+            weight_N = weight_N * learnability_gate(ce_N, -targets.gold_logprob, gate_scale)
+    distilled_N = torch.where(alpha_N > 0, alpha_N * (weight_N / normaliser) * kl_N, 0.0)
+    loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
+    return DistillationTerms(
+        loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, (alpha_N * weight_N).sum(), alpha_N.sum()
+    )
+
+
+class WeightNormaliser:
+    """Running mean of the KL weights of *previous* global batches; dividing by it keeps the KL term's size.
+
+    The mean over the current global batch would need every forward before the first backward under gradient
+    accumulation. The past's mean is a function of the training state alone: the same for every split into ranks and
+    micro-batches, and part of the checkpoint. [ours]
+    """
+
+    def __init__(self) -> None:
+        self._mean: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The divisor for the next step: 1 before anything was seen."""
+        return 1.0 if self._mean is None else self._mean
+
+    def update(self, weight_sum: float, count: float) -> None:
+        """Take in one global batch's sum of weights over its (alpha-weighted) token count; nothing if that is 0."""
+        if count <= 0:
+            return
+        mean = weight_sum / count
+        self._mean = mean if self._mean is None else NORMALISER_EMA * self._mean + (1 - NORMALISER_EMA) * mean
+
+    def state_dict(self) -> dict[str, float | None]:
+        """For the checkpoint."""
+        return {"mean": self._mean}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore from the checkpoint."""
+        self._mean = state["mean"]
+
+
+def balance_loss(router_logits_TE: Tensor, valid_T: Tensor, fractions_E: Tensor) -> Tensor:
+    """One layer's load-balance loss as a sum over valid tokens: E sum_e f_e P_e after division by their number.
+
+    1 when perfectly balanced, E / top_k when one set of top_k experts takes all. `fractions_E`: share of the routed
+    assignments each expert received over the whole micro-step, all ranks, summing to 1; no gradient flows through it.
+    [published: Switch, arXiv:2101.03961; per layer, padding excluded: ours]
+    """
+    probabilities_TE = torch.softmax(router_logits_TE.float(), dim=-1)
+    per_token_T = router_logits_TE.shape[-1] * (probabilities_TE * fractions_E).sum(-1)
+    return torch.where(valid_T, per_token_T, 0.0).sum()
+
+
+def router_z_loss(router_logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Sum over valid tokens of logsumexp(router logits)^2 [published: ST-MoE, arXiv:2202.08906]."""
+    z_T = torch.logsumexp(router_logits_TE.float(), dim=-1) ** 2
+    return torch.where(valid_T, z_T, 0.0).sum()
+
+
+def router_entropy(router_logits_TE: Tensor, valid_T: Tensor) -> Tensor:
+    """Sum over valid tokens of the router distribution's entropy in nats; a measure, not a loss."""
+    log_p_TE = torch.log_softmax(router_logits_TE.float(), dim=-1)
+    entropy_T = -(log_p_TE.exp() * log_p_TE).sum(-1)
+    return torch.where(valid_T, entropy_T, 0.0).sum()

@@ -1,0 +1,103 @@
+"""What is asked and said about a scene: CODA-LM records in varied questions and compact, checkable answers."""
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from pipeline.scene_art import Box
+from pipeline.scene_world import GROUPS, Scene, Thing, decide, pick_regions
+
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "general": (
+        "Describe the road users and objects that affect the ego car.",
+        "What is in front of the ego car that matters for driving?",
+        "List every object on and beside the road that the driver should know.",
+        "There is an image of traffic. Which objects influence the driving?",
+        "Look at the road ahead and name what the driver must watch.",
+    ),
+    "region": (
+        "What is the object inside the red rectangle?",
+        "Describe the object in the red box and why it matters.",
+        "Which object does the red rectangle mark?",
+        "Tell what the red box shows and how it affects the ego car.",
+    ),
+    "suggestion": (
+        "What should the ego car do now?",
+        "Give a driving suggestion for this scene.",
+        "How should the driver act in this situation?",
+        "Which action is right for the ego car here?",
+    ),
+}
+GROUP_TITLES = {group: group.replace("_", " ") for group in GROUPS}
+_WHERE = {"left": "on the left", "ahead": "ahead", "right": "on the right"}
+_ARTICLES = {"overturned truck": "an", "tyre debris": "some", "fallen cargo": "some"}
+_WHY = {
+    "vehicle": ("it may brake or change lane", "its path can cross ours"),
+    "living": ("it may move into our path", "it needs room"),
+    "obstacle": ("it blocks its lane", "it narrows the road"),
+    "sign": ("it sets a rule for us", "it must be obeyed"),
+    "light": ("it controls our way", "it must be obeyed"),
+}
+
+
+def record(scene: Scene, boxes: Sequence[Box], rng: Random) -> dict[str, Any]:
+    """A CODA-LM record of the scene, with this layout's extra `question` keys."""
+    regions = pick_regions(rng, scene.things)
+    return {
+        "general_perception": {
+            **{group: _group_entries(scene, group, rng) for group in GROUPS},
+            "description and explanation": describe(scene),
+            "question": rng.choice(QUESTIONS["general"]),
+        },
+        "region_perception": {
+            str(number): {
+                "description and explanation": f"{_name(thing)} {_place(thing)}, {rng.choice(_WHY[thing.role])}.",
+                "box": list(boxes[scene.things.index(thing)]),
+                "category_name": thing.kind,
+                "question": rng.choice(QUESTIONS["region"]),
+            }
+            for number, thing in enumerate(regions, 1)
+        },
+        "driving_suggestion": suggest(scene),
+        "driving_suggestion_question": rng.choice(QUESTIONS["suggestion"]),
+    }
+
+
+def describe(scene: Scene) -> str:
+    """Every object in class order, then the weather."""
+    parts = []
+    for group in GROUPS:
+        members = [f"{_name(t)} {_place(t)}" for t in scene.things if t.group == group]
+        if members:
+            parts.append(f"{GROUP_TITLES[group]}: {' and '.join(members)}.")
+    return " ".join([*parts, f"weather: {scene.weather}."])
+
+
+def suggest(scene: Scene) -> str:
+    """The rules' action first, then the reason."""
+    decision = decide(scene)
+    cause = decision.cause
+    if cause is not None:
+        return f"{decision.action}, because there is {_name(cause)} {_place(cause)}."
+    if decision.action == "keep speed":
+        return "keep speed, because our lane is free."
+    return f"{decision.action}, because of the {scene.weather}."
+
+
+def _group_entries(scene: Scene, group: str, rng: Random) -> list[dict[str, str]]:
+    return [
+        {"description": f"{_name(t)} {_place(t)}", "explanation": rng.choice(_WHY[t.role])}
+        for t in scene.things
+        if t.group == group
+    ]
+
+
+def _name(thing: Thing) -> str:
+    """With its article: `a red truck`, `an overturned truck`, `some fallen cargo`."""
+    if thing.colour:
+        return f"a {thing.colour} {thing.kind}"
+    return f"{_ARTICLES.get(thing.kind, 'a')} {thing.kind}"
+
+
+def _place(thing: Thing) -> str:
+    return f"{thing.distance} {_WHERE[thing.position]}"

@@ -1,0 +1,46 @@
+"""A real DeepSpeed engine of one rank inside the test process."""
+
+import os
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LOCAL_RANK", "0")
+
+import tiny
+import torch
+import torch.distributed as dist
+
+from pipeline import moe
+
+
+def engine(model: Any, *, stage: int = 1, experts: bool = True, **job: object) -> Any:
+    """`model` under DeepSpeed, with expert parallelism of size 1 unless `experts` is False."""
+    import deepspeed
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    raw: dict[str, Any] = {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}
+    if experts:
+        raw["expert_parallel"] = {"enabled": True, "autoep_size": 1}
+    config = moe.prepare_deepspeed_config(raw, tiny.job(micro_batch_size=4, **job), model.config, 1)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+
+
+def train(engine: Any, first: int, last: int) -> list[float]:
+    """Optimizer steps `first` to `last - 1` on whole global batches; the loss of each."""
+    losses = []
+    for step in range(first, last):
+        inputs, labels = tiny.global_batch(step)
+        loss = tiny.loss_sum(engine(**inputs).logits, labels) / tiny.global_tokens(step)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def parameters(engine: Any) -> dict[str, torch.Tensor]:
+    """Whole fp32 parameters by Hugging Face name."""
+    from pipeline.engine_state import full_parameters
+
+    return {name: tensor.clone() for name, tensor in full_parameters(engine)}

@@ -1,0 +1,189 @@
+"""Upcycling: the student computes what the dense model did, unless told otherwise, and says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from pipeline.config import UpcycleConfig
+from pipeline.errors import ConfigError, UserError
+from pipeline.moe import RouterProbe
+from pipeline.student import main, upcycle
+
+
+@pytest.fixture(scope="module")
+def dense_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    tiny.dense_model().save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def settings(**changes: object) -> UpcycleConfig:
+    return UpcycleConfig.model_validate({"source": "models.dense", "expert_noise": 0.0} | changes)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    """Of a global batch with images, so that vision tower and deepstack take part."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**tiny.global_batch()[0]).logits
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_exact_copies_compute_the_dense_function(dense_dir: Path, tmp_path: Path, every: int) -> None:
+    report = upcycle(dense_dir, tmp_path / "moe", settings(every=every), seed=0)
+    torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense_dir), rtol=0, atol=1e-5)
+    assert report.function_preserved
+    assert report.max_logit_change < 1e-5
+    assert report.moe_layers == ([1, 3] if every == 2 else [0, 1, 2, 3])
+
+
+def test_dense_tensors_map_one_to_one(dense_dir: Path, tmp_path: Path) -> None:
+    """Vision tower, deepstack mergers, attention, norms and the MLPs of dense layers are the same bytes."""
+    upcycle(dense_dir, tmp_path / "moe", settings(expert_noise=0.1), seed=0)
+    old, new = load_file(dense_dir / "model.safetensors"), load_file(tmp_path / "moe" / "model-00001.safetensors")
+    replaced = {name for name in old if any(f"layers.{i}.mlp." in name for i in (1, 3))}
+    assert len(replaced) == 6
+    assert any("deepstack" in name for name in old.keys() - replaced)
+    assert all(torch.equal(new[name], old[name]) for name in old.keys() - replaced)
+    assert {name.split("mlp.")[1] for name in new.keys() - old.keys()} == {
+        "gate.weight",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+    }
+
+
+def test_layout_on_disk_is_the_published_one(dense_dir: Path, tmp_path: Path) -> None:
+    """Qwen3-VL-MoE checkpoints hold experts input-first: [E, H, 2W] and [E, W, H]."""
+    upcycle(dense_dir, tmp_path / "moe", settings(), seed=0)
+    stored = load_file(tmp_path / "moe" / "model-00001.safetensors")
+    dense = load_file(dense_dir / "model.safetensors")
+    mlp = "model.language_model.layers.1.mlp."
+    gate_up = torch.cat([dense[f"{mlp}gate_proj.weight"], dense[f"{mlp}up_proj.weight"]])
+    for expert in range(4):
+        assert torch.equal(stored[f"{mlp}experts.gate_up_proj"][expert], gate_up.T)
+        assert torch.equal(stored[f"{mlp}experts.down_proj"][expert], dense[f"{mlp}down_proj.weight"].T)
+
+
+def test_noise_is_relative_differs_and_is_reported(dense_dir: Path, tmp_path: Path) -> None:
+    report = upcycle(dense_dir, tmp_path / "moe", settings(expert_noise=0.05), seed=0)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "moe")
+    down = model.model.language_model.layers[1].mlp.experts.down_proj.detach()
+    dense = tiny.dense_model().model.language_model.layers[1].mlp.down_proj.weight.detach()
+    for expert in range(4):  # expert 0 too
+        assert (down[expert] - dense).std() / dense.square().mean().sqrt() == pytest.approx(0.05, rel=0.1)
+    assert not torch.equal(down[0], down[1])
+    assert not report.function_preserved
+    change = (logits(tmp_path / "moe") - logits(dense_dir)).abs()
+    assert 0 < report.max_logit_change < 5 * change.max()
+    assert 0 < report.mean_logit_change < report.mean_logit_size
+
+
+def test_perturbed_experts_give_the_router_a_gradient(dense_dir: Path, tmp_path: Path) -> None:
+    """Identical copies leave it dead: the reason for `expert_noise`."""
+    sizes = []
+    for noise in (0.0, 0.05):
+        upcycle(dense_dir, tmp_path / str(noise), settings(expert_noise=noise), seed=0)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / str(noise))
+        inputs, labels = tiny.global_batch()
+        tiny.loss_sum(model(**inputs).logits, labels).backward()
+        sizes.append(float(model.model.language_model.layers[1].mlp.gate.weight.grad.abs().max()))
+    assert sizes[0] < 1e-4 * sizes[1]
+
+
+def test_narrow_experts(dense_dir: Path, tmp_path: Path) -> None:
+    """Columns are the dense model's own, drawn per expert, output scaled by the inverse share."""
+    report = upcycle(dense_dir, tmp_path / "moe", settings(expert_width=0.5, top_k=2), seed=0)
+    assert not report.function_preserved
+    assert report.active_parameters < report.total_parameters
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "moe")
+    experts = model.model.language_model.layers[1].mlp.experts
+    dense = tiny.dense_model().model.language_model.layers[1].mlp
+    chosen = []
+    for expert in range(4):
+        gate, up = experts.gate_up_proj[expert].chunk(2)
+        columns = [int((dense.gate_proj.weight - row).abs().sum(-1).argmin()) for row in gate]
+        assert len(set(columns)) == 24
+        assert torch.equal(gate, dense.gate_proj.weight[columns])
+        assert torch.equal(up, dense.up_proj.weight[columns])
+        assert torch.equal(experts.down_proj[expert], 2 * dense.down_proj.weight[:, columns])
+        chosen.append(columns)
+    assert chosen[0] != chosen[1]
+
+
+def test_router_and_configuration(dense_dir: Path, tmp_path: Path) -> None:
+    upcycle(dense_dir, tmp_path / "moe", settings(router_noise=0.3, experts=6, top_k=3), seed=0)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "moe")
+    text = model.config.get_text_config()
+    assert model.config.model_type == "qwen3_vl_moe"
+    assert (text.num_experts, text.num_experts_per_tok, text.moe_intermediate_size) == (6, 3, 48)
+    assert json.loads((tmp_path / "moe" / "config.json").read_text())["text_config"]["norm_topk_prob"] is True
+    assert len(RouterProbe(model)) == 2
+    gate = model.model.language_model.layers[1].mlp.gate.weight
+    assert gate.shape == (6, 32)
+    assert float(gate.detach().std()) == pytest.approx(0.3, rel=0.15)
+
+
+def test_restartable_and_deterministic(dense_dir: Path, tmp_path: Path) -> None:
+    config = settings(expert_noise=0.1)
+    first = upcycle(dense_dir, tmp_path / "a", config, seed=3)
+    made = (tmp_path / "a" / "model-00001.safetensors").stat().st_mtime_ns
+    assert upcycle(dense_dir, tmp_path / "a", config, seed=3) == first
+    assert (tmp_path / "a" / "model-00001.safetensors").stat().st_mtime_ns == made
+    upcycle(dense_dir, tmp_path / "b", config, seed=3)
+    a, b = (load_file(tmp_path / name / "model-00001.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+    with pytest.raises(UserError, match=r"seed: there 3, recipe 4"):
+        upcycle(dense_dir, tmp_path / "a", config, seed=4)
+
+
+def test_command_line_builds_a_models_entry(
+    dense_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"run: {{dir: {tmp_path / 'run'}}}\n"
+        f"models: {{dense: {{path: {dense_dir}}}, moe: {{upcycle: {{source: models.dense}}}}}}\n"
+    )
+    main(["--config", str(recipe), "--model", "moe"])
+    report = json.loads((tmp_path / "run" / "models" / "moe" / "upcycle.json").read_text())
+    assert report["moe_layers"] == [1, 3]
+    assert report["settings"]["expert_noise"] == 0.02
+    assert str(tmp_path / "run" / "models" / "moe") in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"no such entry; models: \['dense', 'moe'\]"):
+        main(["--config", str(recipe), "--model", "absent"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"top_k": 1}, "no gradient"),
+        ({"top_k": 4, "experts": 3}, "top_k 4 exceeds experts 3"),
+        ({"every": 5}, "only 4 layers"),
+        ({"expert_width": 0.3}, "is 14.4"),
+        ({"expert_width": 1 / 3}, "square"),
+    ],
+)
+def test_refusals(dense_dir: Path, tmp_path: Path, changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        upcycle(dense_dir, tmp_path / "moe", settings(**changes), seed=0)
+    assert not (tmp_path / "moe").exists()
+
+
+def test_unknown_family_and_incomplete_source(dense_dir: Path, tmp_path: Path) -> None:
+    tiny.moe_model().save_pretrained(tmp_path / "already")
+    with pytest.raises(UserError, match=r"'qwen3_vl_moe' cannot be upcycled; known dense types: \['qwen3_vl'\]"):
+        upcycle(tmp_path / "already", tmp_path / "moe", settings(), seed=0)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "config.json").write_bytes((dense_dir / "config.json").read_bytes())
+    tensors = load_file(dense_dir / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "up_proj" not in n}, tmp_path / "part" / "model.safetensors")
+    with pytest.raises(UserError, match="no \\['up'\\] projection"):
+        upcycle(tmp_path / "part", tmp_path / "moe", settings(), seed=0)
+    assert not list(tmp_path.glob(".moe*"))

@@ -1,0 +1,287 @@
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipeline.data import read_samples
+from safetensors.torch import load_file, save_file
+from tiny_data import corpus, make_processor, save_image
+
+from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize, load_recipe
+from pipeline.errors import ConfigError, StoreError, UserError
+from pipeline.models import build, load_model, save_model
+from pipeline.processor import Processor, collate
+from pipeline.shards import shard_path
+from pipeline.store import SoftTargetStore
+from pipeline.store import main as inspect_store
+from pipeline.teacher import batch_targets, expected_identity, main, run_pass
+
+SAMPLES, SHARD, TOP_K, TEMPERATURE = 41, 10, 16, 2.0
+TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8)  # fmt: skip
+VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
+
+
+def write_recipe(run: Path) -> Path:
+    path = run / "recipe.yaml"
+    path.write_text(
+        json.dumps(
+            {
+                "run": {"dir": str(run), "device": "cpu"},
+                "data": {"format": "chat", "root": str(run / "data"), "train_split": "train"},
+                "models": {"teacher": {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}},
+                "targets": {
+                    "teacher": "models.teacher",
+                    "top_k": TOP_K,
+                    "temperature": TEMPERATURE,
+                    "shard_samples": SHARD,
+                    "batch_size": 4,
+                },
+            }
+        )
+    )
+    return path
+
+
+def write_data(root: Path) -> None:
+    """Chat JSONL: images of three sizes, answers of different lengths."""
+    root.mkdir()
+    for n, (width, height) in enumerate([(64, 64), (128, 64), (96, 96)]):
+        save_image(root / f"{n}.png", width, height, seed=n)
+    with (root / "train.jsonl").open("w") as file:
+        for i, sample in enumerate(corpus(root / "0.png")[:SAMPLES]):
+            answer = sample.answer[: 8 + 7 * (i % 9)]
+            turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"id": str(i), "image": f"{i % 3}.png", "messages": turns}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder up to the teacher, whose distributions are peaky, as a trained one's."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    processor = make_processor(run / "processor")
+    write_data(run / "data")
+    model = build(ModelConfig(text=TEXT, vision=VISION), processor, seed=0)
+    model.model.language_model.norm.weight.data.mul_(60.0)
+    save_model(model, processor, run / "models" / "teacher")
+    return write_recipe(run).parent
+
+
+@pytest.fixture(scope="module")
+def finished(run):
+    """The store of an uninterrupted pass by one worker."""
+    recipe = load_recipe(run / "recipe.yaml")
+    summary = run_pass(recipe)
+    assert (summary.shards, summary.skipped, summary.samples) == (5, 0, SAMPLES)
+    return recipe
+
+
+def elsewhere(run: Path, store: Path, *overrides: str) -> Recipe:
+    """The same run with another store."""
+    return load_recipe(run / "recipe.yaml", [f"targets.store={store}", *overrides])
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir()}
+
+
+def parts(recipe):
+    processor = Processor.load(recipe.processor_dir, recipe.data)
+    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    return processor, samples, load_model(recipe.model_dir(recipe.targets.teacher))
+
+
+@torch.no_grad()
+def alone(model, processor, sample):
+    """Independent reference: Hugging Face's own logits for one unpadded sample.
+
+    Returns the answer's tokens and the log-probabilities [T, V] that each was predicted with.
+    """
+    encoded = processor.encode(sample)
+    ids = encoded.input_ids[None]
+    logits = model(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=encoded.pixel_values,
+        image_grid_thw=encoded.image_grid_thw,
+        mm_token_type_ids=(ids == processor.image_token_id).long(),
+    ).logits[0]
+    answer = [*processor.tokenizer.encode(sample.answer, add_special_tokens=False), processor.eos_id]
+    before = len(encoded.input_ids) - len(answer)
+    assert encoded.input_ids[before:].tolist() == answer
+    log_p = (logits.double() / TEMPERATURE).log_softmax(-1)
+    return torch.tensor(answer), torch.stack([log_p[before + t - 1] for t in range(len(answer))])
+
+
+def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished):
+    processor, samples, model = parts(finished)
+    chosen = samples[:7]
+    encoded = [processor.encode(sample) for sample in chosen]
+    assert len({len(e.input_ids) for e in encoded}) > 4
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    batch = collate(encoded, processor.pad_id, processor.image_token_id)
+    targets = batch_targets(model, batch, TOP_K, TEMPERATURE)
+    hook.remove()
+    assert sum(rows) == sum(len(t) for t in targets)  # the full [B, S, V] never existed
+    for sample, got in zip(chosen, targets, strict=True):
+        gold, log_p = alone(model, processor, sample)
+        order = log_p.argsort(dim=-1, descending=True)
+        assert (log_p.gather(-1, got.ids) - log_p.gather(-1, order[:, :TOP_K])).abs().max() < 1e-4
+        close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+        torch.testing.assert_close(got.logprobs, log_p.gather(-1, got.ids), **close)
+        torch.testing.assert_close(got.tail_logprob, log_p.gather(-1, order[:, TOP_K:]).logsumexp(-1), **close)
+        torch.testing.assert_close(got.gold_logprob, log_p.gather(-1, gold[:, None])[:, 0], **close)
+        torch.testing.assert_close(got.entropy, -(log_p.exp() * log_p).sum(-1), **close)
+
+
+def test_the_stage_stores_every_sample_under_its_id_within_the_codec(finished):
+    processor, samples, model = parts(finished)
+    store = SoftTargetStore.open(finished.store_dir, expected_identity(finished, processor, samples))
+    assert store.sample_ids == [sample.sample_id for sample in samples]
+    error, tokens = 0.0, 0
+    for sample in samples:
+        gold, log_p = alone(model, processor, sample)
+        got = store.read(sample.sample_id)
+        assert len(got) == len(gold)
+        torch.testing.assert_close(
+            got.gold_logprob, log_p.gather(-1, gold[:, None])[:, 0], rtol=1e-3, atol=1e-3, check_dtype=False
+        )
+        head = log_p.gather(-1, got.ids)
+        tail = log_p.scatter(-1, got.ids, float("-inf")).logsumexp(-1)
+        kl = (head.exp() * (head - got.logprobs)).sum(-1) + tail.exp() * (tail - got.tail_logprob)
+        error, tokens = error + kl.sum().item(), tokens + len(gold)
+    assert -1e-6 < error / tokens < 5e-5
+    assert sum(record.tokens for record in store.records) == tokens
+
+
+def test_a_second_run_has_nothing_to_do(finished, capsys):
+    before = contents(finished.store_dir)
+    main(["--config", str(finished.run.dir / "recipe.yaml")])
+    assert "nothing to do, 5 shard(s) are committed" in capsys.readouterr().out
+    assert contents(finished.store_dir) == before
+
+
+def test_inspect_shows_the_most_probable_tokens(finished, capsys):
+    processor, samples, model = parts(finished)
+    chosen = samples[3]
+    config = str(finished.run.dir / "recipe.yaml")
+    assert inspect_store(["inspect", "--sample", chosen.sample_id, "--config", config]) == 0
+    out = capsys.readouterr().out
+    assert f"5 shard(s), {SAMPLES} of {SAMPLES} samples" in out
+    best = alone(model, processor, chosen)[1][0].argmax().item()
+    row = next(line for line in out.splitlines() if line.startswith("   0  H"))
+    assert row.split("  ")[-5].startswith(repr(processor.tokenizer.convert_ids_to_tokens(best)))
+
+
+def test_workers_share_the_shards_and_write_the_same_store(run, finished, tmp_path):
+    recipe = elsewhere(run, tmp_path / "store", "data.workers=1")
+    assert [run_pass(recipe, worker, 3).shards for worker in (2, 0, 1)] == [1, 2, 2]
+    assert contents(recipe.store_dir) == contents(finished.store_dir)
+
+
+def test_a_damaged_shard_is_rebuilt(run, finished, tmp_path, capsys):
+    recipe = elsewhere(run, tmp_path / "store")
+    shutil.copytree(finished.store_dir, recipe.store_dir)
+    shard_path(recipe.store_dir, 3).write_bytes(b"torn")
+    assert run_pass(recipe).shards == 1
+    assert "rebuilding: " in capsys.readouterr().out
+    assert contents(recipe.store_dir) == contents(finished.store_dir)
+
+
+def retrain(run: Path) -> None:
+    path = run / "models" / "teacher" / "model.safetensors"
+    weights = load_file(path)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def reword(run: Path) -> None:
+    path = run / "data" / "train.jsonl"
+    path.write_text(path.read_text().replace("Give a driving", "Give one driving"))
+
+
+@pytest.mark.parametrize(
+    ("change", "overrides", "field"),
+    [
+        (retrain, [], "teacher_weights"),
+        (reword, [], "dataset"),
+        (None, ["targets.temperature=1.0"], "temperature: store 2.0, this run 1.0"),
+        (None, ["targets.top_k=8"], "top_k: store 16, this run 8"),
+        (None, ["data.max_pixels=4096"], "processor_image_processor"),
+    ],
+)
+def test_a_store_of_another_origin_is_not_extended(finished, tmp_path, change, overrides, field):
+    run = shutil.copytree(finished.run.dir, tmp_path / "run")
+    if change:
+        change(run)
+    recipe = load_recipe(write_recipe(run), overrides)
+    before = contents(recipe.store_dir)
+    with pytest.raises(StoreError, match=field):
+        run_pass(recipe)
+    assert contents(recipe.store_dir) == before
+
+
+def test_a_teacher_that_gives_nan_writes_nothing(finished):
+    processor, samples, model = parts(finished)
+    model.model.language_model.norm.weight.data[3] = float("nan")
+    batch = collate([processor.encode(samples[0])], processor.pad_id, processor.image_token_id)
+    with pytest.raises(StoreError, match=f"not finite.*{samples[0].sample_id}"):
+        batch_targets(model, batch, TOP_K, TEMPERATURE)
+
+
+def test_user_errors(run, tmp_path):
+    with pytest.raises(UserError, match="there is no teacher"):
+        run_pass(elsewhere(run, tmp_path / "store", f"targets.teacher={tmp_path}"))
+    with pytest.raises(ConfigError, match="--worker 2 must lie in"):
+        run_pass(elsewhere(run, tmp_path / "store"), worker=2, workers=2)
+    assert not (tmp_path / "store").exists()
+
+
+def run_until_killed(arguments: list[str], module: str, function: str, number: int) -> None:
+    """In a process of its own: the real stage, killed at its n-th call of a function."""
+    place = importlib.import_module(module)
+    real, calls = getattr(place, function), itertools.count(1)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    setattr(place, function, counted)
+    torch.set_num_threads(1)
+    main(arguments)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_store_ends_up_the_same(run, finished, tmp_path):
+    """Each run goes on from what the last one left. A commit is 4 fsyncs: shard, folder, record, folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.teacher"])
+    store = tmp_path / "store"
+    arguments = ["--config", str(run / "recipe.yaml"), f"targets.store={store}"]
+
+    def attempt(module: str, function: str, number: int) -> tuple[int | None, int]:
+        """(exit code, committed shards afterwards)"""
+        process = context.Process(target=run_until_killed, args=(arguments, module, function, number))
+        process.start()
+        process.join(120)
+        return process.exitcode, len(list(store.glob("shard-*.json")))
+
+    died = -signal.SIGKILL
+    assert [attempt("os", "fsync", n) for n in (1, 2)] == [(died, 0)] * 2  # the manifest
+    assert [attempt("os", "fsync", n) for n in (1, 2, 3)] == [(died, 0)] * 3
+    assert attempt("os", "fsync", 4) == (died, 1)  # the record is in place, its folder not yet synced
+    assert attempt("torch", "log_softmax", 5) == (died, 2)  # within the second batch of the next shard
+    assert attempt("os", "fsync", 6) == (died, 3)
+    assert attempt("torch", "log_softmax", 1) == (died, 3)
+    assert attempt("os", "fsync", 1000) == (0, 5)
+    assert contents(store) == contents(finished.store_dir)
