@@ -83,9 +83,7 @@ def save(engine: Any, root: Path, step: int, state: Mapping[str, Any], arrays: A
             "kind": engine_state.optimizer_kind(engine),
             "steps": engine_state.optimizer_steps(engine),
         }
-        writer.finish(
-            {"format": FORMAT, "step": step, "optimizer": optimizer, "state": dict(state)}, arrays, keep
-        )
+        writer.finish({"format": FORMAT, "step": step, "optimizer": optimizer, "state": dict(state)}, arrays, keep)
     return Path(_agree(str(writer.final) if writer else "", writer.error if writer else None))
 
 
@@ -289,9 +287,7 @@ class _Writer:
         try:
             action()
         except (OSError, SafetensorError, TypeError, ValueError) as error:
-            self.error = (
-                f"{self.final}: could not be written: {error}. The previous checkpoint is still valid."
-            )
+            self.error = f"{self.final}: could not be written: {error}. The previous checkpoint is still valid."
 
 
 def _agree(value: str, error: str | None) -> str:
@@ -348,11 +344,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _advice(folder: Path) -> str:
-    others = (
-        [path.name for path in _complete(folder.parent) if path != folder] if folder.parent.is_dir() else []
-    )
+    others = [path.name for path in _complete(folder.parent) if path != folder] if folder.parent.is_dir() else []
     if others:
-        return (
-            f"To use an older one, write {others[-1]!r} into {folder.parent / LATEST}. Nothing was changed."
-        )
+        return f"To use an older one, write {others[-1]!r} into {folder.parent / LATEST}. Nothing was changed."
     return f"To start afresh, remove {folder.parent}. Nothing was changed."

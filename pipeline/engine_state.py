@@ -59,9 +59,7 @@ def slots(engine: Any) -> list[Slot]:
         if layer_name is None:
             found.append(Slot(name, (parameter,)))
         else:
-            found += _layer_slot(
-                layer_name, layers[layer_name], name.removeprefix(layer_name + "."), parameter
-            )
+            found += _layer_slot(layer_name, layers[layer_name], name.removeprefix(layer_name + "."), parameter)
     return found
 
 
@@ -190,9 +188,7 @@ def _read_local(engine: Any, parameter: nn.Parameter, moment: str | None) -> Ten
 
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
         whole = (
-            safe_get_full_fp32_param(parameter)
-            if moment is None
-            else safe_get_full_optimizer_state(parameter, moment)
+            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
         )
         return torch.as_tensor(whole).reshape(_whole_shape(parameter))
     if moment is not None:

@@ -23,6 +23,8 @@ from pipeline.config import Recipe, parse_args
 from pipeline.errors import CheckpointError, run_main
 from pipeline.hf_folder import Building, ShardWriter, copy_companions, packed_on_disk
 from pipeline.moe import moe_layers
+from pipeline.student import ORIGIN, random_text_ids
+from pipeline.student import REPORT as UPCYCLE_REPORT
 
 REPORT = "export.json"
 PROBE_SHAPE = (2, 32)
@@ -59,9 +61,7 @@ def write_model(recipe: Recipe, name: str, out: Path | None = None) -> ExportRep
     root = recipe.job_dir(name) / "checkpoints"
     folder = checkpoint.latest(root)
     if folder is None:
-        raise CheckpointError(
-            f"{root}: no checkpoint. Train first: `deepspeed train.py --config ... job={name}`."
-        )
+        raise CheckpointError(f"{root}: no checkpoint. Train first: `deepspeed train.py --config ... job={name}`.")
     checkpoint.verify(folder)
     template = recipe.model_dir(recipe.jobs[name].init)
     card = _card(name, recipe, template)
@@ -85,7 +85,7 @@ def write_hf(folder: Path, template: Path, out: Path, processor_dir: Path, card:
     dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
     with Building(out, replace=True) as building:
         config.save_pretrained(str(building))
-        copy_companions(template, building, skip=("upcycle.json", "origin.json", REPORT))
+        copy_companions(template, building, skip=(UPCYCLE_REPORT, ORIGIN, REPORT))
         for path in processor_dir.iterdir():
             if path.name in models.PROCESSOR_FILES:
                 (building / path.name).write_bytes(path.read_bytes())
@@ -123,9 +123,7 @@ def _compare(folder: Path, written: Path, config: PreTrainedConfig, dtype: torch
             f"logits by {logit_change:g}. Nothing was replaced."
         )
     step = int(checkpoint.read_meta(folder)["step"])
-    return ExportReport(
-        str(folder), step, str(dtype).removeprefix("torch."), len(stored), *counts, worst, logit_change
-    )
+    return ExportReport(str(folder), step, str(dtype).removeprefix("torch."), len(stored), *counts, worst, logit_change)
 
 
 def _in_memory(config: PreTrainedConfig, stored: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
@@ -141,26 +139,18 @@ def _in_memory(config: PreTrainedConfig, stored: dict[str, Tensor], dtype: torch
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> Tensor:
     """Logits [B, S, V] on fixed text tokens."""
-    low = min(
-        model.config.image_token_id,
-        model.config.vision_start_token_id,
-        model.config.get_text_config().vocab_size,
-    )
-    ids = torch.randint(low, PROBE_SHAPE, generator=torch.Generator().manual_seed(0))
-    logits: Tensor = model(input_ids=ids).logits.float()
+    logits: Tensor = model(input_ids=random_text_ids(model.config, PROBE_SHAPE, seed=0)).logits.float()
     return logits
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.float() - b.float()).abs().max())
+    return float((a.detach().float() - b.detach().float()).abs().max())
 
 
 def _card(name: str, recipe: Recipe, template: Path) -> str:
     """Model card: how it was trained."""
     job = recipe.jobs[name]
-    kind = (
-        "supervised fine-tuning" if job.distill is None else f"distillation from `{recipe.targets.teacher}`"
-    )
+    kind = "supervised fine-tuning" if job.distill is None else f"distillation from `{recipe.targets.teacher}`"
     curriculum = "hardness-ordered" if job.curriculum else "uniform"
     return (
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
@@ -174,11 +164,7 @@ def _card(name: str, recipe: Recipe, template: Path) -> str:
 def _facts(report: ExportReport, config: PreTrainedConfig) -> str:
     """Model card: what it is and how to load it."""
     layers, text = moe_layers(config), config.get_text_config()
-    experts = (
-        f"{text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}"
-        if layers
-        else "none"
-    )
+    experts = f"{text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}" if layers else "none"
     return (
         f"\n| | |\n|---|---|\n| architecture | `{config.model_type}` |\n"
         f"| parameters | {report.total_parameters:,} |\n"

@@ -134,10 +134,7 @@ def packed_on_disk(name: str, tensor: Tensor) -> Tensor:
     expect that; transformers' module has [E, 2W, H] and [E, H, W]. transformers reads both, telling them
     apart by shape, and therefore takes square matrices as the module has them.
     """
-    if (
-        not name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-        or tensor.shape[1] == tensor.shape[2]
-    ):
+    if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")) or tensor.shape[1] == tensor.shape[2]:
         return tensor
     return tensor.transpose(1, 2).contiguous()
 

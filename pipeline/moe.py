@@ -139,9 +139,7 @@ def _fill_experts(config: dict[str, Any], model_config: PreTrainedConfig, world_
             "Use ds_configs/dense.json, or add the family to pipeline/moe.py. Nothing was started."
         )
     text = model_config.get_text_config()
-    _check_expert_parallel_size(
-        block.get("autoep_size", 1), world_size, getattr(text, family.num_experts_attr)
-    )
+    _check_expert_parallel_size(block.get("autoep_size", 1), world_size, getattr(text, family.num_experts_attr))
     known = {
         "moe_layer_pattern": family.layer_pattern,
         "router_pattern": family.router,
@@ -181,9 +179,7 @@ def _refuse_unsupported(config: dict[str, Any], job: JobConfig) -> None:
             "Use stage 1, 2 or 3, or grad_clip 0. Nothing was started."
         )
     if config.get("fp16", {}).get("enabled", False):
-        raise ConfigError(
-            "DeepSpeed JSON: fp16 is not supported (no loss scaling); use bf16. Nothing was started."
-        )
+        raise ConfigError("DeepSpeed JSON: fp16 is not supported (no loss scaling); use bf16. Nothing was started.")
 
 
 def converted_layers(model: nn.Module) -> dict[str, Any]:
@@ -264,9 +260,7 @@ class RouterProbe:
         """
         missing = [i for i, logits in enumerate(self._logits) if logits is None]
         if missing:
-            raise RouterError(
-                f"no router logits of MoE layer(s) {missing}: run the model's forward before take()"
-            )
+            raise RouterError(f"no router logits of MoE layer(s) {missing}: run the model's forward before take()")
         taken = [logits for logits in self._logits if logits is not None]
         self._logits = [None] * len(self._routers)
         return taken

@@ -125,9 +125,7 @@ MoE blocks are packed as Qwen3-VL-MoE's; vision tower, deepstack mergers and att
 """
 
 
-def _family(
-    dense: PreTrainedConfig, src: Path
-) -> Callable[[PreTrainedConfig, UpcycleConfig], PreTrainedConfig]:
+def _family(dense: PreTrainedConfig, src: Path) -> Callable[[PreTrainedConfig, UpcycleConfig], PreTrainedConfig]:
     if dense.model_type not in FAMILIES:
         raise UserError(
             f"{src}: model type {dense.model_type!r} cannot be upcycled; known dense types: "
@@ -145,15 +143,11 @@ def expert_width(dense: PreTrainedConfig, config: UpcycleConfig) -> int:
 def _check(dense: PreTrainedConfig, config: UpcycleConfig) -> None:
     text, problems = dense.get_text_config(), []
     if config.top_k < 2:
-        problems.append(
-            "top_k 1: its renormalised weight is always 1, so the router gets no gradient; use 2 or more"
-        )
+        problems.append("top_k 1: its renormalised weight is always 1, so the router gets no gradient; use 2 or more")
     if config.top_k > config.experts:
         problems.append(f"top_k {config.top_k} exceeds experts {config.experts}")
     if config.every > text.num_hidden_layers:
-        problems.append(
-            f"every {config.every}: the model has only {text.num_hidden_layers} layers, none would change"
-        )
+        problems.append(f"every {config.every}: the model has only {text.num_hidden_layers} layers, none would change")
     width = text.intermediate_size * config.expert_width
     if width < 1 or abs(width - round(width)) > 1e-6:
         problems.append(
@@ -172,9 +166,7 @@ def _check(dense: PreTrainedConfig, config: UpcycleConfig) -> None:
 # --- weights ----------------------------------------------------------------------------------------------
 
 
-def _moe_tensors(
-    src: Path, dense: PreTrainedConfig, config: UpcycleConfig, seed: int
-) -> Iterator[tuple[str, Tensor]]:
+def _moe_tensors(src: Path, dense: PreTrainedConfig, config: UpcycleConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of the MoE model: the dense tensors, the MLPs of MoE layers replaced."""
     layers = [i for i in range(dense.get_text_config().num_hidden_layers) if (i + 1) % config.every == 0]
     prefixes = {f"model.language_model.layers.{i}.mlp." for i in layers}
@@ -185,16 +177,12 @@ def _moe_tensors(
         for prefix in sorted(prefixes):
             missing = [p for p in PARTS if f"{prefix}{p}_proj.weight" not in tensors]
             if missing:
-                raise UserError(
-                    f"{src}: {prefix} has no {missing} projection: not a complete dense checkpoint."
-                )
+                raise UserError(f"{src}: {prefix} has no {missing} projection: not a complete dense checkpoint.")
             mlp = {part: tensors[f"{prefix}{part}_proj.weight"] for part in PARTS}
             yield from _experts(prefix, mlp, config, seed)
 
 
-def _experts(
-    prefix: str, mlp: dict[str, Tensor], config: UpcycleConfig, seed: int
-) -> Iterator[tuple[str, Tensor]]:
+def _experts(prefix: str, mlp: dict[str, Tensor], config: UpcycleConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Router and packed experts of one layer."""
     dtype, hidden, width = mlp["gate"].dtype, mlp["gate"].shape[1], mlp["gate"].shape[0]
     kept = round(width * config.expert_width)
@@ -212,10 +200,7 @@ def _experts(
             noisy["down"] *= width / kept
         gate_up.append(torch.cat([noisy["gate"][columns], noisy["up"][columns]]))  # [2W, H]
         down.append(noisy["down"][:, columns])  # [H, W]
-    router = (
-        torch.randn(config.experts, hidden, generator=_generator(seed, prefix, "router", 0))
-        * config.router_noise
-    )
+    router = torch.randn(config.experts, hidden, generator=_generator(seed, prefix, "router", 0)) * config.router_noise
     yield f"{prefix}gate.weight", router.to(dtype)
     yield f"{prefix}experts.gate_up_proj", torch.stack(gate_up).to(dtype)
     yield f"{prefix}experts.down_proj", torch.stack(down).to(dtype)
@@ -262,16 +247,19 @@ def _layers(folder: Path) -> int:
     return int(AutoConfig.from_pretrained(str(folder)).get_text_config().num_hidden_layers)
 
 
+def random_text_ids(config: PreTrainedConfig, shape: tuple[int, int], seed: int) -> Tensor:
+    """i64[shape]: ids drawn from the whole vocabulary but the four vision tokens."""
+    special = {getattr(config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")}
+    allowed = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
+    return allowed[torch.randint(len(allowed), shape, generator=torch.Generator().manual_seed(seed))]
+
+
 @torch.no_grad()
 def _probe(folder: Path, seed: int) -> tuple[Tensor, int, int]:
     """(logits [B, S, V], total parameters, active parameters) of a checkpoint."""
     model: PreTrainedModel = models.load_model(folder)
-    special = {
-        getattr(model.config, f"{name}_token_id") for name in ("image", "video", "vision_start", "vision_end")
-    }
-    allowed = [i for i in range(model.config.get_text_config().vocab_size) if i not in special]
-    drawn = torch.randint(len(allowed), PROBE_SHAPE, generator=torch.Generator().manual_seed(seed))
-    logits: Tensor = model(input_ids=torch.tensor(allowed)[drawn]).logits.float()
+    ids_BS = random_text_ids(model.config, PROBE_SHAPE, seed)
+    logits: Tensor = model(input_ids=ids_BS).logits.float()
     counts = models.parameter_counts(model)
     del model
     gc.collect()
@@ -336,9 +324,7 @@ def build_model(recipe: Recipe, name: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line: build the models that `--model` names."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.student")
-    parser.add_argument(
-        "--model", action="append", required=True, help="key of `models`; may be given more than once"
-    )
+    parser.add_argument("--model", action="append", required=True, help="key of `models`; may be given more than once")
     arguments = parse_args("student", argv, parser)
     for name in arguments.options.model:
         print(f"models.{name}: {build_model(arguments.recipe, name)}")

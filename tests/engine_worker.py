@@ -51,9 +51,7 @@ def main(spec: dict[str, Any]) -> None:
         if step + 1 == spec.get("save_at"):
             import numpy as np
 
-            checkpoint.save(
-                engine, Path(spec["save"]), step + 1, {"note": "kept"}, {"a": np.array([1.0, 2.0])}, 2
-            )
+            checkpoint.save(engine, Path(spec["save"]), step + 1, {"note": "kept"}, {"a": np.array([1.0, 2.0])}, 2)
     seconds = time.perf_counter() - started
     parameters = dict(checkpoint.full_parameters(engine))
     if rank == 0:
@@ -70,11 +68,7 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _engine(model: Any, spec: dict[str, Any], world: int) -> Any:
-    raw = (
-        json.loads(Path(spec["deepspeed"]).read_text())
-        if isinstance(spec["deepspeed"], str)
-        else spec["deepspeed"]
-    )
+    raw = json.loads(Path(spec["deepspeed"]).read_text()) if isinstance(spec["deepspeed"], str) else spec["deepspeed"]
     config = moe.prepare_deepspeed_config(raw, tiny.job(**spec["job"]), model.config, world)
     trainable = [p for p in model.parameters() if p.requires_grad]
     return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
@@ -86,9 +80,7 @@ def _freeze(model: Any, trainable: str) -> None:
             parameter.requires_grad_("language_model" in name and ".mlp." in name)
 
 
-def _step(
-    engine: Any, probe: moe.RouterProbe, spec: dict[str, Any], step: int, rank: int, world: int
-) -> list[Any]:
+def _step(engine: Any, probe: moe.RouterProbe, spec: dict[str, Any], step: int, rank: int, world: int) -> list[Any]:
     """(global mean loss, gradient norm before clipping, per-layer expert counts) of one optimizer step."""
     count = tiny.global_tokens(step)
     gas = engine.gradient_accumulation_steps()
@@ -96,16 +88,11 @@ def _step(
     size = len(mine) // gas
     total, loads = torch.zeros(()), []
     for part in range(gas):
-        inputs, labels = tiny.collate(
-            [tiny.sample(step, i) for i in list(mine)[part * size : (part + 1) * size]]
-        )
+        inputs, labels = tiny.collate([tiny.sample(step, i) for i in list(mine)[part * size : (part + 1) * size]])
         inputs["pixel_values"] = inputs["pixel_values"].to(next(engine.module.parameters()).dtype)
         local = tiny.loss_sum(engine(**inputs).logits, labels)
         if len(probe):
-            loads = [
-                moe.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist()
-                for x in probe.take()
-            ]
+            loads = [moe.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist() for x in probe.take()]
         engine.backward(local * world * gas / count)
         engine.step()
         total += local.detach()

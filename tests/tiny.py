@@ -80,9 +80,7 @@ def dense_model(seed: int = 0) -> Qwen3VLForConditionalGeneration:
 def moe_model(seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
     """Weights large enough that routing differs between tokens and experts matter."""
     torch.manual_seed(seed)
-    config = Qwen3VLMoeConfig(
-        text_config=TEXT | EXPERTS, vision_config=VISION, tie_word_embeddings=True, **TOKENS
-    )
+    config = Qwen3VLMoeConfig(text_config=TEXT | EXPERTS, vision_config=VISION, tie_word_embeddings=True, **TOKENS)
     model = Qwen3VLMoeForConditionalGeneration(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate.weight") or ".experts." in name:

@@ -1,0 +1,158 @@
+"""Greedy generation over a model's own forward: batched for answers, step by step for timing.
+
+transformers' `generate()` gives the same tokens (tests compare them) but spends, on small models, as much time around
+the forward as in it; a loop this thin measures the model.
+Shapes: B samples, S prompt length (padded on the left), T new tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from pipeline.data import Sample
+from pipeline.models import check_compatible, load_model
+from pipeline.processor import Batch, Encoded, Processor, collate
+
+WINDOW_BATCHES = 8
+"""Batches whose prompts are encoded together and sorted: little padding, bounded memory."""
+CPU_EXPERTS = "batched_mm"
+"""transformers' expert loop on CPUs; elsewhere its own default stays."""
+_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
+
+def open_model(folder: Path, processor: Processor, device: torch.device) -> PreTrainedModel:
+    """A checkpoint ready to generate: float32 on CPUs, its own dtype on accelerators.
+
+    Raises:
+        UserError: no such model, or one that does not fit the processor.
+    """
+    model = load_model(folder, torch.float32 if device.type == "cpu" else _stored_dtype(folder))
+    check_compatible(model, processor)
+    if device.type == "cpu":
+        use_experts(model, CPU_EXPERTS)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def use_experts(model: PreTrainedModel, implementation: str) -> None:
+    """Choose transformers' expert loop (`eager`, `grouped_mm`, `batched_mm`); nothing happens to a dense model."""
+    if is_moe(model):
+        model.set_experts_implementation(implementation)
+
+
+def is_moe(model: PreTrainedModel) -> bool:
+    """Whether the model has routed experts."""
+    return getattr(model.config.get_text_config(), "num_experts", None) is not None
+
+
+class GreedyDecoder:
+    """One batch's generation with a key-value cache: `first`, then `next` once per token."""
+
+    def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
+        """`inputs`: as `model_inputs` gives them, prompts padded on the left."""
+        self.model, self.inputs = model, dict[str, Any](inputs)
+        mask_BS = inputs["attention_mask"]
+        # Without padding there is nothing to mask, and attention without a mask is cheaper.
+        self.mask: Tensor | None = None if bool(mask_BS.all()) else mask_BS
+        self.inputs["attention_mask"] = self.mask
+        self.cache: Any = None
+
+    def first(self) -> Tensor:
+        """Read the prompt, images included; the first token ids i64[B]."""
+        return self._forward(**self.inputs)
+
+    def next(self, token_B: Tensor) -> Tensor:
+        """Append one token per sample; the tokens after it i64[B]."""
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token_B), 1)], dim=1)
+        return self._forward(input_ids=token_B[:, None], attention_mask=self.mask)
+
+    @torch.inference_mode()
+    def _forward(self, **inputs: Any) -> Tensor:
+        out = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        token_B: Tensor = out.logits[:, -1].argmax(dim=-1)
+        return token_B
+
+
+def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
+    """What the forward takes of a batch, on a device."""
+    tensors: dict[str, Any] = dict(batch)
+    return {name: tensors[name].to(device) for name in _INPUTS}
+
+
+def greedy(
+    model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, stop_ids: Sequence[int]
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, up to (without) its first stop token.
+
+    Args:
+        model: in evaluation mode.
+        inputs: as `model_inputs` gives them, on the model's device.
+        max_new_tokens: longest continuation, at least 1.
+        stop_ids: tokens that end a sample; with none every continuation has max_new_tokens.
+    """
+    decoder = GreedyDecoder(model, inputs)
+    token_B = decoder.first()
+    stop_N = torch.tensor(list(stop_ids), dtype=token_B.dtype, device=token_B.device)
+    done_B, tokens = torch.isin(token_B, stop_N), [token_B]
+    while len(tokens) < max_new_tokens and not bool(done_B.all()):
+        token_B = decoder.next(token_B)
+        tokens.append(token_B)
+        done_B |= torch.isin(token_B, stop_N)
+    return [_until(row, stop_ids) for row in torch.stack(tokens, dim=1).tolist()]
+
+
+def answers(
+    model: PreTrainedModel,
+    processor: Processor,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    blind: bool = False,
+    on_progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, str]:
+    """The model's answer to each sample's question, by sample_id.
+
+    Args:
+        blind: blank the images to grey.
+        on_progress: called with the number of samples of every finished batch.
+
+    Raises:
+        DataError: an image or prompt that cannot be encoded.
+    """
+    texts: dict[str, str] = {}
+    stop_ids = (processor.eos_id, processor.pad_id)
+    for encoded in _prompt_batches(processor, samples, batch_size, blind):
+        batch = collate(encoded, processor.pad_id, processor.image_token_id, side="left")
+        rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids)
+        texts |= {e.sample_id: processor.decode(row) for e, row in zip(encoded, rows, strict=True)}
+        on_progress(len(rows))
+    return texts
+
+
+def _prompt_batches(
+    processor: Processor, samples: Sequence[Sample], batch_size: int, blind: bool
+) -> Iterator[list[Encoded]]:
+    """Batches of one task where possible, similar in length: their answers end at about the same time."""
+    size = WINDOW_BATCHES * batch_size
+    for start in range(0, len(samples), size):
+        window = samples[start : start + size]
+        prompts = [(sample.task, processor.encode_prompt(sample, blind=blind)) for sample in window]
+        prompts.sort(key=lambda p: (p[0], len(p[1].input_ids)))
+        encoded = [prompt for _, prompt in prompts]
+        yield from (encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size))
+
+
+def _until(row: list[int], stop_ids: Sequence[int]) -> list[int]:
+    return row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))]
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    dtype = AutoConfig.from_pretrained(str(folder)).dtype if (folder / "config.json").is_file() else None
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
