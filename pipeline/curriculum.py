@@ -37,7 +37,8 @@ def tilt(competence: float, start: float, size: float) -> float:
 
 
 def _cosine(progress: Floats) -> Floats:
-    return (0.5 * (1 + np.cos(np.pi * progress))).astype(np.float32)
+    left: Floats = (0.5 * (1 + np.cos(np.pi * progress))).astype(np.float32)
+    return left
 
 
 RELEASES: dict[str, Callable[[Floats], Floats]] = {
@@ -88,15 +89,13 @@ def plan_window(
 ) -> Indices:
     """The global order of one window: `size` table indices.
 
-    Eligible are samples with percentile <= competence. They are drawn without replacement with weight
-    exp(beta (2 u - 1)) by Gumbel-top-k [published: Kool 2019, arXiv:1903.06059], noise hashed from (seed, window,
-    sample); whole passes first when the window is longer than the eligible set. Each visit more than the least visited
-    eligible sample divides the weight by e, and each stratum keeps at least `floor` of its proportional share.
-    [combination ours]
+    Eligible are samples with percentile <= competence, and in any case each stratum's easiest. They are drawn without
+    replacement with weight exp(beta (2 u - 1)) by Gumbel-top-k [published: Kool 2019, arXiv:1903.06059], noise hashed
+    from (seed, window, sample); whole passes first when the window is longer than the eligible set. Each visit more
+    than the least visited eligible sample divides the weight by e, and each stratum keeps at least `floor` of its
+    proportional share. [combination ours]
     """
-    eligible = np.flatnonzero(percentile_M <= competence)
-    if not len(eligible):
-        eligible = np.array([int(np.argmin(percentile_M))])
+    eligible = _eligible(percentile_M, stratum_M, competence)
     passes, rest = divmod(size, len(eligible))
     parts = [_gumbel_order(eligible, percentile_M, visits_M, beta, seed, window, k) for k in range(passes + 1)]
     ranked = parts.pop()
@@ -112,6 +111,16 @@ def rank_share(batch_size: int, rank: int, world: int, micro_batch: int) -> list
     return [positions[i : i + micro_batch] for i in range(0, len(positions), micro_batch)]
 
 
+def _eligible(percentile_M: Floats, stratum_M: NDArray[np.integer], competence: float) -> Indices:
+    """Samples up to the competence. A stratum too small to have any gives its easiest, so that no task is left out."""
+    if competence >= 1.0:
+        return np.arange(len(percentile_M))
+    easiest = np.full(int(stratum_M.max()) + 1, np.inf, np.float32)
+    np.minimum.at(easiest, stratum_M, percentile_M)
+    reach = np.maximum(np.float32(competence), easiest)
+    return np.flatnonzero(percentile_M <= reach[stratum_M])
+
+
 def _gumbel_order(
     eligible: Indices,
     percentile_M: Floats,
@@ -121,7 +130,7 @@ def _gumbel_order(
     window: int,
     turn: int,
 ) -> Indices:
-    """Eligible samples by descending perturbed log-weight."""
+    """Eligible samples by descending perturbed log-weight: log w + Gumbel noise -log(-log U)."""
     visits = visits_M[eligible].astype(np.float64)
     log_weight = beta * (2 * percentile_M[eligible].astype(np.float64) - 1) - VISIT_PENALTY * (visits - visits.min())
     uniform = _uniform_noise(seed, window * 1009 + turn, eligible)
@@ -140,7 +149,8 @@ def _with_floor(ranked: Indices, stratum: NDArray[np.integer], size: int, floor:
     kept = rank_in_stratum < guaranteed[inverse]
     others = np.flatnonzero(~kept)[: size - int(kept.sum())]
     kept[others] = True
-    return ranked[kept]
+    chosen: Indices = ranked[kept]
+    return chosen
 
 
 def _uniform_noise(seed: int, stream: int, index: Indices) -> NDArray[np.float64]:
@@ -148,7 +158,8 @@ def _uniform_noise(seed: int, stream: int, index: Indices) -> NDArray[np.float64
     with np.errstate(over="ignore"):
         key = _splitmix(np.uint64(seed % 2**64) ^ _splitmix(np.uint64(stream % 2**64)))
         bits = _splitmix(index.astype(np.uint64) ^ key)
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    uniform: NDArray[np.float64] = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+    return uniform
 
 
 def _splitmix(x: Any) -> Any:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +22,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline import latency, results
+from pipeline import experts, latency, results
 from pipeline.config import EvaluationRow, Recipe, parse_args
 from pipeline.data import Sample, read_samples
 from pipeline.errors import ConfigError, DataError, UserError, run_main
-from pipeline.generate import CPU_EXPERTS, answers, open_model
+from pipeline.generate import answers, open_model
 from pipeline.models import parameter_counts, weights_hash
 from pipeline.processor import Processor
 from pipeline.scoring import score_all
@@ -71,7 +71,7 @@ class Evaluation:
         return open_model(self.recipe.model_dir(reference), self.processor, self.device)
 
     def answer(self, row: EvaluationRow) -> Answered:
-        """Answers of one row, from its file where that was made the same way, scored; the file is brought up to date."""
+        """Scored answers of one row, from its file where that was made the same way; the file is brought up to date."""
         path, identity = self.folder / f"{self.slugs[row.name]}.json", self._row_identity(row)
         stored = _read_if_same(path, identity)
         if stored is None:
@@ -162,8 +162,9 @@ class Evaluation:
             "new_tokens": latency.NEW_TOKENS,
             "samples": min(self.settings.latency_samples, len(self.samples)),
             "repeats": self.settings.latency_repeats,
-            "experts_implementation": CPU_EXPERTS if self.device.type == "cpu" else "transformers' default",
-            "included": "vision tower, prompt, argmax, every forced token; not: image decoding, tokenizing, model loading",
+            "threads": latency.CPU_THREADS if self.device.type == "cpu" else torch.get_num_threads(),
+            "experts_implementation": experts.NAME if self.device.type == "cpu" else "transformers' default",
+            "included": "vision tower, prompt, argmax, every forced token; not: image decoding, tokenizing",
             "statistic": "median over samples and repeats; ratios per interleaved pair first",
         }
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from pipeline import experts
 from pipeline.data import Sample
 from pipeline.models import check_compatible, load_model
 from pipeline.processor import Batch, Encoded, Processor, collate
 
 WINDOW_BATCHES = 8
 """Batches whose prompts are encoded together and sorted: little padding, bounded memory."""
-CPU_EXPERTS = "batched_mm"
-"""transformers' expert loop on CPUs; elsewhere its own default stays."""
 _INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
@@ -32,14 +31,14 @@ def open_model(folder: Path, processor: Processor, device: torch.device) -> PreT
     """
     model = load_model(folder, torch.float32 if device.type == "cpu" else _stored_dtype(folder))
     check_compatible(model, processor)
-    if device.type == "cpu":
-        use_experts(model, CPU_EXPERTS)
+    if device.type == "cpu":  # elsewhere transformers' own choice stays
+        use_experts(model, experts.NAME)
     torch.nn.Module.to(model, device)
     return model
 
 
 def use_experts(model: PreTrainedModel, implementation: str) -> None:
-    """Choose transformers' expert loop (`eager`, `grouped_mm`, `batched_mm`); nothing happens to a dense model."""
+    """Choose the expert loop: `eager`, `grouped_mm`, `batched_mm` or experts.NAME. Dense models stay as they are."""
     if is_moe(model):
         model.set_experts_implementation(implementation)
 
@@ -55,21 +54,27 @@ class GreedyDecoder:
     def __init__(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> None:
         """`inputs`: as `model_inputs` gives them, prompts padded on the left."""
         self.model, self.inputs = model, dict[str, Any](inputs)
-        mask_BS = inputs["attention_mask"]
+        self.length_B1 = inputs["attention_mask"].sum(dim=1, keepdim=True)
         # Without padding there is nothing to mask, and attention without a mask is cheaper.
-        self.mask: Tensor | None = None if bool(mask_BS.all()) else mask_BS
+        self.mask: Tensor | None = None if bool(inputs["attention_mask"].all()) else inputs["attention_mask"]
         self.inputs["attention_mask"] = self.mask
         self.cache: Any = None
 
     def first(self) -> Tensor:
         """Read the prompt, images included; the first token ids i64[B]."""
-        return self._forward(**self.inputs)
+        token_B = self._forward(**self.inputs)
+        # An image's tokens share positions: text after it continues earlier than its index says.
+        base: Any = self.model.base_model
+        self.position_B1: Tensor = self.length_B1 + base.rope_deltas
+        return token_B
 
     def next(self, token_B: Tensor) -> Tensor:
         """Append one token per sample; the tokens after it i64[B]."""
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(token_B), 1)], dim=1)
-        return self._forward(input_ids=token_B[:, None], attention_mask=self.mask)
+        position_3B1 = self.position_B1.expand(3, -1, -1)
+        self.position_B1 = self.position_B1 + 1
+        return self._forward(input_ids=token_B[:, None], attention_mask=self.mask, position_ids=position_3B1)
 
     @torch.inference_mode()
     def _forward(self, **inputs: Any) -> Tensor:

@@ -21,29 +21,37 @@ from tqdm import tqdm
 
 from pipeline.config import HardnessConfig, Recipe, parse_args
 from pipeline.data import Sample, read_samples
-from pipeline.errors import UserError, run_main
+from pipeline.errors import CheckpointError, UserError, run_main
 from pipeline.processor import Processor
-from pipeline.store import SoftTargetStore
+from pipeline.store import SoftTargetStore, identity_digest
 from pipeline.targets import SoftTargets
 from pipeline.teacher import expected_identity
 
 Floats = NDArray[np.float32]
+ORIGIN = b"soft_targets"
+"""Key of the Parquet file's metadata that says which store the priors came from."""
 
 
 def instance_scores(
     hardness_N: Tensor, sample_N: Tensor, num_samples: int, *, tail_weight: float, tail_share: float
 ) -> Tensor:
-    """s_i = (1 - k) mean_t h_it + k mean(hardest `tail_share` of h_it), float32 [B]; 0 for a sample without tokens.
+    """s_i = (1 - k) mean_t h_it + k mean(hardest ceil(tail_share * tokens) of h_it), float32 [B] on the CPU.
 
-    Pooling the tail keeps one rare token from being averaged away. [ours]
+    0 for a sample without tokens. Pooling the tail keeps one rare token from being averaged away. [ours]
+    A sample's score depends on its own tokens only, to the last bit: not on the batch it came in.
     """
-    scores_B = hardness_N.new_zeros(num_samples)
-    for sample in range(num_samples):
-        h = hardness_N[sample_N == sample]
-        if len(h):
-            hardest = h.topk(max(1, round(tail_share * len(h)))).values
-            scores_B[sample] = (1 - tail_weight) * h.mean() + tail_weight * hardest.mean()
-    return scores_B
+    # On the CPU: GPU scatter-adds sum in any order, and resuming must be bit-exact.
+    h_N, owner_N = hardness_N.detach().double().cpu().numpy(), sample_N.cpu().numpy()
+    order = np.lexsort((-h_N, owner_N))
+    h_N, owner_N = h_N[order], owner_N[order]
+    count_B = np.bincount(owner_N, minlength=num_samples)
+    place_N = np.arange(len(h_N)) - (np.cumsum(count_B) - count_B)[owner_N]
+    # The small term keeps 0.2 * 15 from rounding up to 4.
+    tail_B = np.ceil(tail_share * count_B - 1e-9)
+    in_tail_N = place_N < tail_B[owner_N]
+    mean_B = np.bincount(owner_N, h_N, num_samples) / np.maximum(count_B, 1)
+    hardest_B = np.bincount(owner_N, h_N * in_tail_N, num_samples) / np.maximum(tail_B, 1)
+    return torch.from_numpy((1 - tail_weight) * mean_B + tail_weight * hardest_B).float()
 
 
 def teacher_prior(targets: SoftTargets, settings: HardnessConfig) -> float:
@@ -78,20 +86,24 @@ class HardnessTable:
     def update(self, index: NDArray[np.int64], scores: Floats, step: int, ema: float) -> None:
         """D_i <- mu D_i + (1 - mu) s_i for the visited; a sample met twice in a step is updated once, by its mean.
 
-        The first visit replaces the prior, which was the teacher's view and not the student's.
+        The first score replaces the prior, which was the teacher's view and not the student's. A score of NaN counts
+        the visit and leaves D_i and `last_step` alone: the sample was trained on without its KL.
         """
-        seen, inverse = np.unique(index, return_inverse=True)
-        mean = (np.bincount(inverse, scores) / np.bincount(inverse)).astype(np.float32) if len(seen) else scores
-        fresh = self.visits[seen] == 0
+        self.visits[np.unique(index)] += 1
+        scored = np.isfinite(scores)
+        seen, inverse = np.unique(index[scored], return_inverse=True)
+        # bincount sums float32 scores in float64, so the order that ranks deliver them in leaves no trace.
+        mean = (np.bincount(inverse, scores[scored]) / np.bincount(inverse)).astype(np.float32)
         blended = np.float32(ema) * self.difficulty[seen] + np.float32(1 - ema) * mean
-        self.difficulty[seen] = np.where(fresh, mean, blended)
-        self.visits[seen] += 1
+        self.difficulty[seen] = np.where(self.last_step[seen] < 0, mean, blended)
         self.last_step[seen] = step
 
     def percentile(self, *, step: int, half_life_steps: float) -> Floats:
-        """u_i in [0, 1): rank of D_i within its stratum; ties by sample_id.
+        """u_i in (0, 1): rank of D_i within its stratum; ties by sample_id.
 
-        A visited entry relaxes toward its stratum's mean with the given half-life since its last visit. [ours]
+        A scored entry relaxes toward its stratum's mean with the given half-life since its last score. An entry never
+        scored is ranked by its prior, moved by how far scores lie from priors on average in its stratum: while the
+        student is weak every visit scores high, and seen easy samples would otherwise outrank unseen hard ones. [ours]
         """
         relaxed = self._relaxed(step, half_life_steps)
         u = np.empty(len(self), np.float32)
@@ -102,24 +114,39 @@ class HardnessTable:
         return u
 
     def _relaxed(self, step: int, half_life_steps: float) -> NDArray[np.float64]:
-        counts = np.maximum(np.bincount(self.stratum, minlength=len(self.strata)), 1)
-        means = np.bincount(self.stratum, self.difficulty, minlength=len(self.strata)) / counts
-        age = np.where(self.visits > 0, step - self.last_step, 0)
-        keep = 0.5 ** (age / half_life_steps)
-        relaxed: NDArray[np.float64] = keep * self.difficulty + (1 - keep) * means[self.stratum]
+        scored = self.last_step >= 0
+        shift = self._stratum_mean(np.where(scored, self.difficulty - self.prior, 0), scored)
+        comparable: NDArray[np.float64] = np.where(scored, self.difficulty, self.prior + shift[self.stratum])
+        means = self._stratum_mean(comparable, np.ones(len(self), bool))
+        keep: NDArray[np.float64] = 0.5 ** (np.where(scored, step - self.last_step, 0) / half_life_steps)
+        relaxed: NDArray[np.float64] = keep * comparable + (1 - keep) * means[self.stratum]
         return relaxed
+
+    def _stratum_mean(self, values_M: NDArray[Any], counted_M: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Mean over the counted entries of each stratum; 0 for a stratum without any. Values elsewhere must be 0."""
+        counts = np.bincount(self.stratum, counted_M, minlength=len(self.strata))
+        sums = np.bincount(self.stratum, values_M.astype(np.float64), minlength=len(self.strata))
+        means: NDArray[np.float64] = sums / np.maximum(counts, 1)
+        return means
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What changes during training, for the checkpoint."""
         return {f"hardness/{k}": getattr(self, k) for k in ("difficulty", "visits", "last_step")}
 
     def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Restore what `arrays` gave."""
+        """Restore what `arrays` gave. CheckpointError if that was a table of another length."""
+        for key in ("difficulty", "visits", "last_step"):
+            saved = arrays[f"hardness/{key}"]
+            if saved.shape != (len(self),):
+                raise CheckpointError(
+                    f"the checkpoint's hardness table has {len(saved)} samples, this run's has {len(self)}. Resume "
+                    "with the data set the job was started with. Nothing was changed."
+                )
         for key in ("difficulty", "visits", "last_step"):
             setattr(self, key, arrays[f"hardness/{key}"].copy())
 
-    def save(self, path: Path) -> None:
-        """Write a Parquet file that people can open, atomically."""
+    def save(self, path: Path, origin: str = "") -> None:
+        """Write a Parquet file that people can open, atomically. `origin`: digest of the store behind the priors."""
         rank = self.percentile(step=int(self.last_step.max(initial=0)), half_life_steps=float("inf"))
         table = pa.table(
             {
@@ -134,7 +161,7 @@ class HardnessTable:
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        pq.write_table(table, temporary)
+        pq.write_table(table.replace_schema_metadata({ORIGIN: origin}), temporary)
         os.replace(temporary, path)
 
     @classmethod
@@ -172,9 +199,8 @@ def describe(table: HardnessTable, samples: Sequence[Sample]) -> str:
     for title, picked in (("hardest", order[::-1][:3]), ("easiest", order[:3])):
         for i in picked:
             sample = samples[i]
-            lines.append(
-                f"{title} {table.difficulty[i]:.3f} {sample.task} {sample.slice}: {sample.prompt[:60]} -> {sample.answer[:80]}"
-            )
+            about = f"{sample.task} {sample.slice}: {sample.prompt[:60]} -> {sample.answer[:80]}"
+            lines.append(f"{title} {table.difficulty[i]:.3f} {about}")
     corner = np.array([s.slice == "corner" for s in samples])
     if corner.any():
         lines.append(
@@ -193,11 +219,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = parse_args("hardness", argv).recipe
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     path = recipe.run.dir / "hardness.parquet"
-    table = HardnessTable.load(path) if path.is_file() else None
-    if table is None or table.sample_ids != [s.sample_id for s in samples]:
-        table = prior_table(samples, _store(recipe, samples), HardnessConfig())
-        table.save(path)
-    print(describe(table, samples))
+    store = _store(recipe, samples)
+    origin = identity_digest(store.identity)
+    if not _is_from(path, origin):
+        prior_table(samples, store, HardnessConfig()).save(path, origin)
+    print(describe(HardnessTable.load(path), samples))
+
+
+def _is_from(path: Path, origin: str) -> bool:
+    """Whether a table is there whose priors came from this store: same teacher, processor and samples."""
+    try:
+        return (pq.read_schema(path).metadata or {}).get(ORIGIN) == origin.encode()
+    except (OSError, pa.ArrowException):
+        return False
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Image decoding and tokenizing are the same work for every model and are left out
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -19,6 +20,9 @@ from pipeline.processor import Encoded, Processor, collate
 
 NEW_TOKENS = 32
 """Tokens that every model writes per timed answer."""
+CPU_THREADS = 1
+"""Threads while timing on CPUs. With more, threads wait for each other at every small product: one other busy process
+then slows the larger model most (25 times where one thread lost 2), and the ratio says nothing about the models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +87,15 @@ def measure(
     """
     names, timings = list(models), {name: list[Timing]() for name in models}
     batches = [collate([p], processor.pad_id, processor.image_token_id, side="left") for p in prompts]
-    for model in models.values():
-        time_answer(model, model_inputs(batches[0], model.device), 2)
-    for turn, batch in enumerate(batch for _ in range(repeats) for batch in batches):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            model = models[name]
-            timings[name].append(time_answer(model, model_inputs(batch, model.device), new_tokens))
-            on_progress(1)
+    with _timing_threads(models.values()):
+        for model in models.values():
+            time_answer(model, model_inputs(batches[0], model.device), 2)
+        for turn, batch in enumerate(batch for _ in range(repeats) for batch in batches):
+            shift = turn % len(names)
+            for name in names[shift:] + names[:shift]:
+                model = models[name]
+                timings[name].append(time_answer(model, model_inputs(batch, model.device), new_tokens))
+                on_progress(1)
     return timings
 
 
@@ -110,6 +115,17 @@ def summarise(timings: Mapping[str, Sequence[Timing]], reference: str) -> dict[s
         )
         for name, rows in timings.items()
     }
+
+
+@contextmanager
+def _timing_threads(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if all(model.device.type == "cpu" for model in models):
+        torch.set_num_threads(CPU_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _synchronize(model: PreTrainedModel) -> None:

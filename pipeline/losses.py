@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pipeline.targets import SoftTargets
 
+IGNORE = -100
+"""Label of a row that does not count."""
 NORMALISER_EMA = 0.9
 
 
@@ -32,8 +34,8 @@ class DistillationTerms:
 
 
 def cross_entropy_per_token(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log q(y) in nats, float32 [N]."""
-    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+    """-log q(y) in nats, float32 [N]; rows labelled -100 are 0 and backpropagate zeros."""
+    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="none")
 
 
 def sparse_kl_per_token(
@@ -114,24 +116,33 @@ def distillation_loss(
 
     Args:
         logits_NV: student logits of the rows that predict `labels_N`.
+        labels_N: int64; rows labelled -100 add nothing.
         targets: one row per token; None needs alpha 0 everywhere. Rows with alpha 0 may hold anything finite.
         alpha_N: share of the KL term, in [0, 1].
         gate_scale: s of the learnability gate in nats; None turns the gate off.
         beta: tilt on token hardness.
         normaliser: mean weight of past global batches (`WeightNormaliser`).
+
+    Raises:
+        ValueError: alpha > 0 without targets, or targets with another number of rows.
     """
     ce_N = cross_entropy_per_token(logits_NV, labels_N)
+    alpha_N = torch.where(labels_N == IGNORE, 0.0, alpha_N)
     if targets is None:
         if bool((alpha_N > 0).any()):
             raise ValueError("alpha > 0 needs soft targets, and there are none")
         zero = ce_N.new_zeros(())
         return DistillationTerms(ce_N.sum(), ce_N.detach(), None, None, zero, zero)
+    if len(targets) != len(labels_N):
+        raise ValueError(f"soft targets have {len(targets)} rows, the logits have {len(labels_N)}")
     kl_N = sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
     with torch.no_grad():
         hardness_N = token_hardness(kl_N / temperature**2)
         weight_N = token_tilt(hardness_N, beta)
         if gate_scale is not None:
-            weight_N = weight_N * learnability_gate(ce_N, -targets.gold_logprob, gate_scale)
+            # Both sides at the targets' temperature, so that the gate compares like with like. [ours]
+            student_N = ce_N if temperature == 1.0 else cross_entropy_per_token(logits_NV / temperature, labels_N)
+            weight_N = weight_N * learnability_gate(student_N, -targets.gold_logprob, gate_scale)
     distilled_N = torch.where(alpha_N > 0, alpha_N * (weight_N / normaliser) * kl_N, 0.0)
     loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
     return DistillationTerms(
@@ -179,7 +190,7 @@ def balance_loss(router_logits_TE: Tensor, valid_T: Tensor, fractions_E: Tensor)
     [published: Switch, arXiv:2101.03961; per layer, padding excluded: ours]
     """
     probabilities_TE = torch.softmax(router_logits_TE.float(), dim=-1)
-    per_token_T = router_logits_TE.shape[-1] * (probabilities_TE * fractions_E).sum(-1)
+    per_token_T = router_logits_TE.shape[-1] * (probabilities_TE * fractions_E.detach()).sum(-1)
     return torch.where(valid_T, per_token_T, 0.0).sum()
 
 

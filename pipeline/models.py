@@ -192,7 +192,27 @@ def load_model(
         raise UserError(f"{path}: weights and config.json do not belong together.\n  {listing}")
     assert isinstance(model, PreTrainedModel)
     model.train(False)
+    _multiply_patches(model)
     return model
+
+
+class _PatchProjection(torch.nn.Conv3d):
+    """A convolution whose kernel covers its whole input, computed as the matrix product that it is.
+
+    On a CPU the convolution kernels take a third of a small model's training step for it.
+    """
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """[P, C, T, H, W] -> [P, D, 1, 1, 1]."""
+        rows = torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return rows[:, :, None, None, None]
+
+
+def _multiply_patches(model: PreTrainedModel) -> None:
+    """Swap the vision tower's patch convolution for the equal matrix product; parameters and their names stay."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv3d) and module.stride == module.kernel_size:
+            module.__class__ = _PatchProjection
 
 
 _LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")

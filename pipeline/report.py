@@ -1,0 +1,269 @@
+"""The one-page report of a run: a single HTML file with everything inside, to look at, print or send.
+
+    python -m pipeline.report --config RECIPE.yaml
+
+Reads what the other stages left in the run's folder and writes `report.html` beside it. A part whose files are missing
+or broken is left out, with a sentence that says so: a report never fails a run.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline import report_plots as plots
+from pipeline.config import Recipe, parse_args
+from pipeline.errors import run_main
+from pipeline.metrics import read_metrics
+from pipeline.report_data import (
+    Json,
+    Missing,
+    ResultBar,
+    ResultRow,
+    Results,
+    examples,
+    hardness_columns,
+    read_json,
+    read_results,
+    train_slices,
+)
+from pipeline.report_plots import HardnessView, JobCurves
+from pipeline.scoring import SLICES, TASKS
+
+TEMPLATE = "report_template.html.j2"
+_NOT_TASKS = ("mean", "rouge_l", "n")
+_BAR_TITLES = {
+    "clkd_speedup": ("times the teacher's speed", "end to end, batch 1"),
+    "clkd_vs_teacher_regular": ("of the teacher's score", "on regular scenes"),
+    "clkd_vs_teacher_corner": ("of the teacher's score", "on corner cases"),
+    "teacher_vs_blind_regular": ("times the blind baseline", "teacher, regular scenes"),
+    "teacher_vs_blind_corner": ("times the blind baseline", "teacher, corner cases"),
+}
+"""Bars in the order shown: (unit, of what)."""
+
+T = TypeVar("T")
+
+
+def build(recipe: Recipe, command: str) -> str:
+    """The whole report as HTML.
+
+    Args:
+        command: what was typed to make the run, shown at the end.
+    """
+    results = _try(lambda: read_results(recipe.run.dir))
+    known = results if isinstance(results, Results) else Results()
+    curves = student_curves(recipe, known)
+    parts = {
+        "headline": results if isinstance(results, Missing) else known,
+        "scores": _try(lambda: _scores_figure(known)),
+        "examples": _try(lambda: examples(recipe, known)),
+        "training": _try(lambda: _curves_figure(recipe, curves, plots.training_curves)),
+        "schedules": _try(lambda: _curves_figure(recipe, curves, plots.schedule_curves)),
+        "experts": _try(lambda: _experts_figure(recipe, curves)),
+        "hardness": _try(lambda: _hardness_figure(recipe, known)),
+        "durations": _try(lambda: _durations(recipe.run.dir)),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"millions": _millions, "number": _number, "percent": _percent, "duration": plots.duration}
+    environment.tests["missing"] = lambda part: isinstance(part, Missing)
+    return environment.get_template(TEMPLATE).render(
+        parts=parts,
+        results=known,
+        summary=summary(known),
+        cards=cards(known.bars),
+        tasks=_tasks(known),
+        slices=SLICES,
+        command=command,
+        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=100),
+    )
+
+
+def summary(results: Results) -> str:
+    """What this is and what came out, in plain sentences."""
+    teacher, student = results.teacher, results.student
+    if teacher is None:
+        return "A vision-language model for driving scenes is distilled into a faster Mixture-of-Experts student."
+    said = f"A vision-language model for driving scenes with {_millions(teacher.params_total)} parameters"
+    if student is None:
+        return f"{said} is the teacher of this run."
+    said += f" was distilled into {_student_size(student)}."
+    facts = []
+    if student.speedup_vs_teacher is not None:
+        facts.append(f"answers {student.speedup_vs_teacher:.2f} times as fast")
+    ratios = [
+        f"{_percent(_ratio(getattr(student, part), getattr(teacher, part)))} of its score on {what}"
+        for part, what in (("regular", "regular scenes"), ("corner", "corner cases"))
+        if _ratio(getattr(student, part), getattr(teacher, part)) is not None
+    ]
+    if ratios:
+        facts.append("reaches " + " and ".join(ratios))
+    return f"{said} Against its teacher, the student {' and '.join(facts)}." if facts else said
+
+
+def cards(bars: Sequence[ResultBar]) -> list[Json]:
+    """The bars as big figures, known ones first and in a fixed order; the first three lead."""
+    order = list(_BAR_TITLES)
+    ranked = sorted(bars, key=lambda bar: order.index(bar.name) if bar.name in order else len(order))
+    return [_card(bar) for bar in ranked]
+
+
+def _card(bar: ResultBar) -> Json:
+    unit, what = _BAR_TITLES.get(bar.name, ("", bar.name.replace("_", " ")))
+    share = unit.startswith("of ")
+    shown = "–" if bar.value is None else _percent(bar.value) if share else f"{bar.value:.2f}×"
+    target = f"{100 * bar.target:g} %" if share else f"{bar.target:g}×"
+    verdict = "reached" if bar.reached else "not measured" if bar.value is None else "missed"
+    return {"figure": shown, "unit": unit, "what": what, "target": target, "verdict": verdict}
+
+
+def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
+    """Metrics of the jobs behind the students' rows, in the rows' order; without a table, of all jobs but the first."""
+    teacher = results.teacher.model if results.teacher else recipe.targets.teacher
+    names = {row.model: row.name for row in results.rows if not row.blind and row.model != teacher}
+    if not names:
+        names = {f"jobs.{name}": name for name in recipe.jobs if f"jobs.{name}" != teacher}
+    jobs = {ref.removeprefix("jobs."): label for ref, label in names.items() if ref.startswith("jobs.")}
+    colours = plots.job_colours(len(jobs))
+    curves = [
+        JobCurves(label, colour, _metrics(recipe.job_dir(name) / "metrics.jsonl"))
+        for (name, label), colour in zip(jobs.items(), colours, strict=True)
+    ]
+    return [job for job in curves if job.rows]
+
+
+def _scores_figure(results: Results) -> Markup:
+    if not results.rows:
+        raise Missing("There are no scores to draw.")
+    return Markup(plots.score_bars([(row.name, row.regular, row.corner) for row in results.rows]))
+
+
+def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:
+    if not jobs:
+        raise Missing(f"No student has logged metrics in {recipe.run.dir / 'jobs'} yet.")
+    return Markup(draw(jobs))
+
+
+def _experts_figure(recipe: Recipe, jobs: Sequence[JobCurves]) -> Json:
+    figure = plots.expert_heat_map(jobs)
+    if figure is None:
+        raise Missing("No job has logged expert load: there is no Mixture-of-Experts student yet.")
+    label, (_, load_SLE) = [(job.label, load) for job in jobs if (load := job.expert_load())][-1]
+    last_LE = load_SLE[-1]
+    ends = {"job": label, "low": last_LE.min(), "high": last_LE.max(), "even": 1 / last_LE.shape[1]}
+    return {"figure": Markup(figure), "ends": ends}
+
+
+def _hardness_figure(recipe: Recipe, results: Results) -> Json:
+    """Histograms before and after training, and how corner cases are spread over the ranks."""
+    before = hardness_columns(recipe.run.dir / "hardness.parquet")
+    refs = [row.model for row in reversed(results.rows)] + [f"jobs.{name}" for name in reversed(recipe.jobs)]
+    paths = [recipe.job_dir(r.removeprefix("jobs.")) / "hardness.parquet" for r in refs if r.startswith("jobs.")]
+    after_path = next((path for path in paths if path.is_file()), None)
+    after = hardness_columns(after_path) if after_path else None
+    slices = _try(lambda: train_slices(recipe))
+    known = slices if isinstance(slices, dict) else {}
+    tables = [("Before training", before), *([("After training", after)] if after else [])]
+    views = [
+        HardnessView(
+            title,
+            np.array(table["hardness"], float),
+            [str(stratum) for stratum in table["stratum"]],
+            [known.get(sample_id, "unknown") for sample_id in table["sample_id"]],
+        )
+        for title, table in tables
+    ]
+    return {
+        "figure": Markup(plots.hardness_histograms(views)),
+        "job": after_path.parent.name if after_path else None,
+        "visited": sum(step >= 0 for step in after["last_step"]) if after else None,
+        "count": len(before["sample_id"]),
+        "deciles": [_corner_shares(title, table, known) for title, table in tables],
+        "note": str(slices) if isinstance(slices, Missing) else None,
+    }
+
+
+def _corner_shares(title: str, table: Json, slices: Mapping[str, str]) -> Json | None:
+    """Share of corner cases overall and among the tenth of samples that rank hardest within their task."""
+    corner = np.array([slices.get(sample_id) == "corner" for sample_id in table["sample_id"]])
+    hardest = np.array(table["rank"], float) >= 0.9
+    if not corner.any() or not hardest.any():
+        return None
+    return {"title": title, "all": corner.mean(), "hardest": corner[hardest].mean()}
+
+
+def _durations(run_dir: Path) -> Json:
+    content = read_json(run_dir / "stages.json", "the stages were not run as one chain")
+    seconds = {str(k): float(v) for k, v in content.items() if isinstance(v, int | float)}
+    if not seconds:
+        raise Missing("No stage has recorded its duration.")
+    return {"figure": Markup(plots.duration_bars(seconds)), "total": sum(seconds.values())}
+
+
+def _metrics(path: Path) -> list[Json]:
+    try:
+        return [row for row in read_metrics(path) if isinstance(row, dict) and "step" in row]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _try(make: Callable[[], T]) -> T | Missing:
+    try:
+        return make()
+    except Missing as missing:
+        return missing
+
+
+def _tasks(results: Results) -> list[str]:
+    found = {task for row in results.rows for scores in row.scores.values() for task in scores}
+    return [task for task in (*TASKS, *sorted(found - set(TASKS))) if task in found and task not in _NOT_TASKS]
+
+
+def _student_size(student: ResultRow) -> str:
+    total, active = student.params_total, student.params_active
+    if total is None or active is None or total == active:
+        return f"a student with {_millions(total)} parameters"
+    return f"a Mixture-of-Experts student with {_millions(total)}, {_millions(active)} of them active per token"
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _millions(count: int | None) -> str:
+    if count is None:
+        return "–"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} billion"
+    return f"{count / 1e6:.2f} million" if count < 1e7 else f"{count / 1e6:.0f} million"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of the report stage."""
+    args = parse_args("report", argv)
+    command = " ".join(["python -m pipeline.demo --config", str(args.options.config), *args.options.overrides])
+    path = args.recipe.run.dir / "report.html"
+    html = build(args.recipe, command)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"report: {path} ({path.stat().st_size / 1024:.0f} KiB)")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,309 @@
+"""Figures of the report as inline SVG: pure functions of plain numbers, no files.
+
+Shapes: S logged steps, L MoE layers, E experts, M samples.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+INK, MUTED, HAIRLINE = "#1f2430", "#667085", "#e4e7ec"
+SLICE_COLOURS = {"regular": "#5b84b1", "corner": "#e08e45", "unknown": "#98a2b3"}
+ACCENT = "#4338ca"
+_JOB_COLOURS = ("#98a2b3", "#0d9488", "#c2578a", "#a16207", "#0284c7", "#64748b")
+_TASK_COLOURS = ("#0d9488", "#8b6fb8", "#c2578a", "#a16207")
+_LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#3f6fa6", "#a9c3de", "#f8f7f4", "#f0b98a", "#c4581f"])
+_BINS = 32
+_MAX_HEAT_ROWS = 96
+_STYLE = {
+    "font.size": 9.5,
+    "axes.edgecolor": HAIRLINE,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "grid.color": HAIRLINE,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.solid_capstyle": "round",
+    # Text stays text: selectable, small, in the page's own font (narrower than the one measured here).
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobCurves:
+    """One training job's logged lines."""
+
+    label: str
+    colour: str
+    rows: Sequence[Mapping[str, Any]]
+
+    def series(self, key: str, *, distilling: bool = False) -> tuple[Floats, Floats]:
+        """(steps, values) of a scalar, both [S]: lines that hold a finite number.
+
+        Args:
+            distilling: leave out lines with alpha 0, where KL and hardness were not computed and read 0.
+        """
+        kept = [r for r in self.rows if _is_number(r.get(key)) and not (distilling and not r.get("alpha"))]
+        return np.array([r["step"] for r in kept], float), np.array([r[key] for r in kept], float)
+
+    def expert_load(self) -> tuple[Floats, Floats] | None:
+        """(steps [S], share of tokens [S, L, E], summing to 1 over E); None for a dense model."""
+        kept = [r for r in self.rows if r.get("expert_load")]
+        if not kept:
+            return None
+        return np.array([r["step"] for r in kept], float), np.array([r["expert_load"] for r in kept], float)
+
+
+@dataclass(frozen=True, slots=True)
+class HardnessView:
+    """Hardness of M samples with what they are."""
+
+    title: str
+    hardness: Floats
+    tasks: Sequence[str]
+    slices: Sequence[str]
+
+
+def job_colours(count: int) -> list[str]:
+    """Colours of `count` jobs; the last, the student this run is about, gets the accent."""
+    return [_JOB_COLOURS[i % len(_JOB_COLOURS)] for i in range(count - 1)] + [ACCENT] * (count > 0)
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def score_bars(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
+    """Horizontal bars of (name, regular, corner), scores in [0, 1]; the first row's scores continue as dotted lines."""
+    figure, (axes,) = _figure(1, height=0.62 * len(rows) + 0.8)
+    for offset, (part, column) in enumerate((("regular", 1), ("corner", 2))):
+        values = [row[column] for row in rows]
+        y = np.arange(len(rows)) + (offset - 0.5) * 0.36
+        axes.barh(y, [v or 0.0 for v in values], height=0.32, color=SLICE_COLOURS[part], label=part)
+        for place, value in zip(y, values, strict=True):
+            text = "not measured" if value is None else f"{100 * value:.1f}"
+            axes.text((value or 0.0) + 0.008, place, text, va="center", fontsize=8.5, color=MUTED)
+        if values and values[0] is not None:
+            axes.axvline(values[0], color=SLICE_COLOURS[part], linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.06)
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    figure.legend(loc="outside upper left", ncols=2, handlelength=1.0)
+    return _svg(figure, "scores", "Scores on regular and corner samples, one pair of bars per model")
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def training_curves(jobs: Sequence[JobCurves]) -> str:
+    """Loss, cross-entropy and KL over steps, one line per job."""
+    panels = (
+        ("loss", "Loss that is optimized", False),
+        ("ce", "Cross-entropy (nats per token)", False),
+        ("kl", "KL from the teacher (nats per token)", True),
+    )
+    return _line_panels("training", "Training curves of the students", jobs, panels)
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def schedule_curves(jobs: Sequence[JobCurves]) -> str:
+    """Release alpha, competence of the sampler and measured hardness over steps, one line per job."""
+    panels = (
+        ("alpha", "Release: weight of the teacher (alpha)", False),
+        ("competence", "Competence: share of samples eligible", False),
+        ("token_hardness", "Token hardness (mean)", True),
+    )
+    return _line_panels("schedules", "Release, competence and hardness during training", jobs, panels, smooth=False)
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def hardness_histograms(views: Sequence[HardnessView]) -> str:
+    """A row of two panels per view: hardness by task and by slice, each group normalised to 1."""
+    figure, axes = _figure(2, height=2.35 * len(views), rows=len(views))
+    top = max((float(v.hardness.max(initial=0.0)) for v in views), default=0.0)
+    edges = np.linspace(0, min(1.0, 1.05 * top) or 1.0, _BINS + 1)
+    for row, view in enumerate(views):
+        tasks = sorted(set(view.tasks))
+        colours = {task: _TASK_COLOURS[i % len(_TASK_COLOURS)] for i, task in enumerate(tasks)}
+        _histogram(axes[2 * row], f"{view.title}, by task", view.hardness, view.tasks, colours, edges)
+        slices = [s for s in SLICE_COLOURS if s in view.slices]
+        colours = {s: SLICE_COLOURS[s] for s in slices}
+        _histogram(axes[2 * row + 1], f"{view.title}, by slice", view.hardness, view.slices, colours, edges)
+    for panel in axes[-2:]:
+        panel.set_xlabel("hardness")
+    return _svg(figure, "hardness", "Distribution of sample hardness by task and by slice, before and after training")
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def expert_heat_map(jobs: Sequence[JobCurves]) -> str | None:
+    """Expert load over steps, a panel per MoE job: rows are layer x expert, colour is the load against an even one."""
+    loads = [(job, *load) for job in jobs if (load := job.expert_load())]
+    if not loads:
+        return None
+    num_rows = min(max(load.shape[1] * load.shape[2] for _, _, load in loads), _MAX_HEAT_ROWS)
+    figure, axes = _figure(len(loads), height=max(1.9, 0.24 * num_rows + 0.9))
+    for panel, (job, steps, load) in zip(axes, loads, strict=True):
+        image = _heat_panel(panel, steps, load, labelled=panel is axes[0])
+        panel.set_title(job.label)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015, aspect=14, ticks=[0, 0.5, 1, 1.5, 2])
+    bar.ax.set_yticklabels(["idle", "half", "even", "1.5x", ">= 2x"])
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    return _svg(figure, "experts", "Share of tokens per expert over training, relative to an even load")
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def duration_bars(stages: Mapping[str, float]) -> str:
+    """Seconds of every stage, in the order they ran."""
+    figure, (axes,) = _figure(1, height=0.26 * len(stages) + 0.5)
+    values = list(stages.values())
+    axes.barh(range(len(values)), values, height=0.62, color="#b4bccb")
+    for place, value in enumerate(values):
+        axes.text(value + max(values) * 0.008, place, duration(value), va="center", fontsize=8.5, color=MUTED)
+    axes.set_yticks(range(len(values)), list(stages), color=INK)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(max(values) * 1.12, 1e-9))
+    axes.xaxis.set_visible(False)
+    axes.spines[["bottom", "left"]].set_visible(False)
+    return _svg(figure, "durations", "Duration of every stage")
+
+
+def duration(seconds: float) -> str:
+    """As people write it: `8.3 s`, `2 min 5 s`, `1 h 3 min`."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _line_panels(
+    name: str, title: str, jobs: Sequence[JobCurves], panels: Sequence[tuple[str, str, bool]], *, smooth: bool = True
+) -> str:
+    figure, axes = _figure(len(panels), height=2.7)
+    for panel, (key, label, distilling) in zip(axes, panels, strict=True):
+        drawn = [_draw_line(panel, job, *job.series(key, distilling=distilling), smooth=smooth) for job in jobs]
+        if not any(drawn):
+            panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", color=MUTED)
+        panel.set_title(label)
+        panel.set_xlabel("optimizer step")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        panel.grid(axis="y")
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0, top=None if key not in ("alpha", "competence") else 1.05)
+    handles = {h.get_label(): h for panel in axes for h in panel.get_legend_handles_labels()[0]}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, handlelength=1.4)
+    return _svg(figure, name, title)
+
+
+def _draw_line(axes: Axes, job: JobCurves, steps: Floats, values: Floats, *, smooth: bool) -> bool:
+    """Whether there was anything but zeros to draw."""
+    if not values.any():
+        return False
+    width = 2.0 if job.colour == ACCENT else 1.5
+    if smooth and len(values) >= 12:
+        axes.plot(steps, values, color=job.colour, linewidth=0.7, alpha=0.28)
+        values = _running_mean(values, len(values) // 12)
+    axes.plot(steps, values, color=job.colour, linewidth=width, label=job.label)
+    return True
+
+
+def _running_mean(values: Floats, reach: int) -> Floats:
+    """Centred mean over `reach` neighbours on each side, fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    mean: Floats = (sums[high] - sums[low]) / (high - low)
+    return mean
+
+
+def _histogram(
+    axes: Axes, title: str, values: Floats, groups: Sequence[str], colours: Mapping[str, str], edges: Floats
+) -> None:
+    names = np.array(groups)
+    for group, colour in colours.items():
+        members = values[names == group]
+        shares = np.histogram(members, edges)[0] / max(len(members), 1)
+        axes.stairs(shares, edges, fill=True, color=colour, alpha=0.16)
+        axes.stairs(shares, edges, color=colour, linewidth=1.5, label=f"{group} ({len(members):,})")
+    axes.set_title(title)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(axis="y")
+    axes.legend(fontsize=8.5, handlelength=1.0, borderaxespad=0.2)
+
+
+def _heat_panel(axes: Axes, steps: Floats, load_SLE: Floats, *, labelled: bool) -> Any:
+    """Draw one job's load; returns the drawn mesh."""
+    _, layers, experts = load_SLE.shape
+    relative_RS = (load_SLE * experts).reshape(len(steps), -1).T
+    edges = np.concatenate([[min(steps[0] - 1, 0)], steps])
+    mesh = axes.pcolormesh(
+        edges, np.arange(layers * experts + 1), relative_RS, cmap=_LOAD_COLOURS, vmin=0, vmax=2, rasterized=True
+    )
+    for layer in range(1, layers):
+        axes.axhline(layer * experts, color="white", linewidth=2.5)
+    if layers * experts <= _MAX_HEAT_ROWS // 4:
+        labels = [f"layer {layer + 1} · {expert + 1}" for layer in range(layers) for expert in range(experts)]
+        axes.set_yticks(np.arange(layers * experts) + 0.5, labels if labelled else [""] * len(labels))
+    else:
+        labels = [f"layer {layer + 1}" for layer in range(layers)]
+        axes.set_yticks((np.arange(layers) + 0.5) * experts, labels if labelled else [""] * layers)
+    axes.invert_yaxis()
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.spines[:].set_visible(False)
+    return mesh
+
+
+def _figure(columns: int, *, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure as wide as the page and its panels, row by row. Sizes in inches."""
+    figure = Figure(figsize=(10.6, height), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[union-attr]
+    figure.patch.set_alpha(0.0)
+    return figure, [axes for row in grid for axes in row]
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an SVG element to put into HTML: ids prefixed by `name`, so that figures cannot mix them up."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=110, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'((?:href="|url\()#)', rf"\1{name}-", svg)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{title}">', svg, count=1)
+    return re.sub(r">\s+<", "><", svg.strip())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and bool(np.isfinite(value))
