@@ -137,6 +137,17 @@ class UpcycleConfig(Section):
     """Relative noise on each expert copy: identical copies leave the router without gradient."""
 
 
+class VisionPretraining(Section):
+    """Alignment of a random model's vision tower with words, on the embedded scenes (`pipeline.vision`)."""
+
+    steps: Positive = 400
+    """Optimizer steps."""
+    batch_size: Positive = 32
+    """Images per step."""
+    lr: Annotated[float, Field(gt=0.0)] = 2e-3
+    """Peak learning rate."""
+
+
 class ModelConfig(Section):
     """One model. Exactly one of: `path` (a checkpoint), `text` + `vision` (random weights), `upcycle`."""
 
@@ -144,6 +155,8 @@ class ModelConfig(Section):
     """Checkpoint folder in Hugging Face format."""
     text: TextSize | None = None
     vision: VisionSize | None = None
+    pretrain: VisionPretraining | None = None
+    """Vision pretraining of random weights; only the embedded scenes have the labels for it."""
     upcycle: UpcycleConfig | None = None
 
     @model_validator(mode="after")

@@ -53,6 +53,8 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
         model = job.init.removeprefix("models.")
         if job.init.startswith("models.") and recipe.models[model].path is None:
             add(f"model {model}", *python, "pipeline.student", "--model", model)
+            if recipe.models[model].pretrain is not None:
+                add(f"vision {model}", *python, "pipeline.vision", "--model", model)
         if job.distill or job.curriculum:
             add("teacher", *python, "pipeline.teacher")
             add("hardness", *python, "pipeline.hardness")

@@ -59,10 +59,18 @@ def build(config: ModelConfig, processor: Processor, seed: int) -> Qwen3VLForCon
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(qwen3_vl_config(config.text, config.vision, processor))
+        _widen_vision_init(model)
     generation: dict[str, Any] = {"eos_token_id": processor.eos_id, "pad_token_id": processor.pad_id}
     model.generation_config = GenerationConfig(do_sample=False, **generation)  # type: ignore[no-untyped-call]
     model.train(False)
     return model
+
+
+def _widen_vision_init(model: Qwen3VLForConditionalGeneration) -> None:
+    """Weights of the tower by fan-in: transformers' 0.02 fits wide towers, and small ones then learn slowly."""
+    for name, weight in model.model.visual.named_parameters():
+        if weight.ndim >= 2 and "pos_embed" not in name:
+            torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
 
 
 def qwen3_vl_config(text: TextSize, vision: VisionSize, processor: Processor) -> Qwen3VLConfig:

@@ -162,6 +162,11 @@ class Processor:
             image_grid_thw=grid_n3,
         )
 
+    def pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Patches f32[P, C*T*p*p] of the images and their grids i64[n, 3]."""
+        features = self.image_processor(images=images, return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
+
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Text of token ids [S]; special tokens are dropped."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
@@ -192,12 +197,11 @@ class Processor:
                 f"sample {sample.sample_id}: it has no image; this pipeline trains on images with text."
             )
         try:
-            features = self.image_processor(images=images, return_tensors="pt")
+            return self.pixels(images)
         except ValueError as error:  # an aspect ratio beyond 200
             raise DataError(
                 f"sample {sample.sample_id}: {error}; image sizes {[i.size for i in images]}"
             ) from error
-        return features["pixel_values"], features["image_grid_thw"]
 
     def _expand_images(self, ids: list[int], tokens_n: list[int]) -> Tensor:
         """Repeat the i-th image placeholder tokens_n[i] times: i64[S]."""

@@ -6,7 +6,9 @@ Reads what the other stages left in the run's folder and writes `report.html` be
 or broken is left out, with a sentence that says so: a report never fails a run.
 """
 
+import math
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -38,11 +40,11 @@ from pipeline.scoring import SLICES, TASKS
 TEMPLATE = "report_template.html.j2"
 _NOT_TASKS = ("mean", "rouge_l", "n")
 _BAR_TITLES = {
-    "clkd_speedup": ("times the teacher's speed", "end to end, batch 1"),
-    "clkd_vs_teacher_regular": ("of the teacher's score", "on regular scenes"),
-    "clkd_vs_teacher_corner": ("of the teacher's score", "on corner cases"),
-    "teacher_vs_blind_regular": ("times the blind baseline", "teacher, regular scenes"),
-    "teacher_vs_blind_corner": ("times the blind baseline", "teacher, corner cases"),
+    "clkd_speedup": ("the teacher’s speed", "end to end, one question at a time"),
+    "clkd_vs_teacher_regular": ("of the teacher’s score", "on regular scenes"),
+    "clkd_vs_teacher_corner": ("of the teacher’s score", "on corner cases"),
+    "teacher_vs_blind_regular": ("the blind baseline’s score", "teacher, regular"),
+    "teacher_vs_blind_corner": ("the blind baseline’s score", "teacher, corner"),
 }
 """Bars in the order shown: (unit, of what)."""
 
@@ -53,7 +55,7 @@ def build(recipe: Recipe, command: str) -> str:
     """The whole report as HTML.
 
     Args:
-        command: what was typed to make the run, shown at the end.
+        command: what makes the run again, shown at the end.
     """
     results = _try(lambda: read_results(recipe.run.dir))
     known = results if isinstance(results, Results) else Results()
@@ -76,6 +78,7 @@ def build(recipe: Recipe, command: str) -> str:
     return environment.get_template(TEMPLATE).render(
         parts=parts,
         results=known,
+        headline=headline(known),
         summary=summary(known),
         cards=cards(known.bars),
         tasks=_tasks(known),
@@ -85,26 +88,34 @@ def build(recipe: Recipe, command: str) -> str:
     )
 
 
+def headline(results: Results) -> str:
+    """What this is, in one sentence."""
+    student = results.student
+    experts = student is not None and student.params_active != student.params_total
+    kind = "Mixture-of-Experts student" if experts or student is None else "student"
+    speed = student.speedup_vs_teacher if student else None
+    if speed is not None and speed > 1:
+        return (
+            f"A driving vision-language model, distilled into a {kind} that answers {_floor(speed):.2f} times as fast"
+        )
+    return f"A driving vision-language model, distilled into a {kind}"
+
+
 def summary(results: Results) -> str:
-    """What this is and what came out, in plain sentences."""
+    """Sizes and outcome in plain sentences; empty without a table."""
     teacher, student = results.teacher, results.student
     if teacher is None:
-        return "A vision-language model for driving scenes is distilled into a faster Mixture-of-Experts student."
-    said = f"A vision-language model for driving scenes with {_millions(teacher.params_total)} parameters"
+        return ""
+    said = f"The teacher has {_millions(teacher.params_total)} parameters"
     if student is None:
-        return f"{said} is the teacher of this run."
-    said += f" was distilled into {_student_size(student)}."
-    facts = []
-    if student.speedup_vs_teacher is not None:
-        facts.append(f"answers {student.speedup_vs_teacher:.2f} times as fast")
+        return f"{said}. No student has been evaluated yet."
+    said += f", the student {_student_size(student)}."
     ratios = [
-        f"{_percent(_ratio(getattr(student, part), getattr(teacher, part)))} of its score on {what}"
+        f"{_percent(_floor(ratio, 3))} on {what}"
         for part, what in (("regular", "regular scenes"), ("corner", "corner cases"))
-        if _ratio(getattr(student, part), getattr(teacher, part)) is not None
+        if (ratio := _ratio(getattr(student, part), getattr(teacher, part))) is not None
     ]
-    if ratios:
-        facts.append("reaches " + " and ".join(ratios))
-    return f"{said} Against its teacher, the student {' and '.join(facts)}." if facts else said
+    return f"{said} Of the teacher’s score, it reaches {' and '.join(ratios)}." if ratios else said
 
 
 def cards(bars: Sequence[ResultBar]) -> list[Json]:
@@ -117,8 +128,8 @@ def cards(bars: Sequence[ResultBar]) -> list[Json]:
 def _card(bar: ResultBar) -> Json:
     unit, what = _BAR_TITLES.get(bar.name, ("", bar.name.replace("_", " ")))
     share = unit.startswith("of ")
-    shown = "–" if bar.value is None else _percent(bar.value) if share else f"{bar.value:.2f}×"
-    target = f"{100 * bar.target:g} %" if share else f"{bar.target:g}×"
+    shown = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
+    target = f"{100 * bar.target:g}%" if share else f"{bar.target:g}×"
     verdict = "reached" if bar.reached else "not measured" if bar.value is None else "missed"
     return {"figure": shown, "unit": unit, "what": what, "target": target, "verdict": verdict}
 
@@ -214,10 +225,13 @@ def _metrics(path: Path) -> list[Json]:
 
 
 def _try(make: Callable[[], T]) -> T | Missing:
+    """A part of the report, or why it is left out: what the files hold is not this stage's to guarantee."""
     try:
         return make()
     except Missing as missing:
         return missing
+    except (ValueError, TypeError, KeyError) as error:
+        return Missing(f"This part cannot be drawn from the files as they are ({error}).")
 
 
 def _tasks(results: Results) -> list[str]:
@@ -227,13 +241,19 @@ def _tasks(results: Results) -> list[str]:
 
 def _student_size(student: ResultRow) -> str:
     total, active = student.params_total, student.params_active
-    if total is None or active is None or total == active:
-        return f"a student with {_millions(total)} parameters"
-    return f"a Mixture-of-Experts student with {_millions(total)}, {_millions(active)} of them active per token"
+    if active is None or total == active:
+        return _millions(total)
+    return f"{_millions(total)}, of which {_millions(active)} are active for a token"
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
+
+
+def _floor(value: float, digits: int = 2) -> float:
+    """Rounded down, so that a bar missed by a hair does not read as reached."""
+    scale = 10.0**digits
+    return math.floor(value * scale + 1e-9) / scale
 
 
 def _millions(count: int | None) -> str:
@@ -249,13 +269,15 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of the report stage."""
     args = parse_args("report", argv)
-    command = " ".join(["python -m pipeline.demo --config", str(args.options.config), *args.options.overrides])
+    command = shlex.join(
+        ["python", "-m", "pipeline.demo", "--config", str(args.options.config), *args.options.overrides]
+    )
     path = args.recipe.run.dir / "report.html"
     html = build(args.recipe, command)
     path.parent.mkdir(parents=True, exist_ok=True)

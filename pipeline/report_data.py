@@ -153,7 +153,7 @@ def examples(recipe: Recipe, results: Results) -> list[Example]:
 
 def _choose(samples: Sequence[Sample]) -> list[Sample]:
     """The first sample of every task and slice, then the next ones until there are NUM_EXAMPLES."""
-    wanted = [(part, task) for task in TASKS for part in SLICES]
+    wanted = [(part, task) for part in SLICES for task in TASKS]
     first: dict[tuple[str, str], Sample] = {}
     for sample in samples:
         first.setdefault((sample.slice, sample.task), sample)
@@ -164,11 +164,12 @@ def _choose(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _example(sample: Sample, answers: Mapping[str, Answer]) -> Example:
-    verdicts = tuple(_verdict(who, answer) for who, answer in answers.items())
+    verdicts = tuple(verdict(who, answer) for who, answer in answers.items())
     return Example(sample.task, sample.slice, _data_uri(sample), sample.prompt, sample.answer, verdicts)
 
 
-def _verdict(who: str, answer: Answer) -> Verdict:
+def verdict(who: str, answer: Answer) -> Verdict:
+    """The answer with its mark: correct, wrong, or the score in between."""
     score = score_answer(answer.task, answer.prediction, answer.gold)
     mark = "good" if score >= 1.0 else "bad" if score <= 0.0 else "part"
     label = {"good": "correct", "bad": "wrong"}.get(

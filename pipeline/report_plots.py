@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
@@ -25,6 +26,7 @@ ACCENT = "#4338ca"
 _JOB_COLOURS = ("#98a2b3", "#0d9488", "#c2578a", "#a16207", "#0284c7", "#64748b")
 _TASK_COLOURS = ("#0d9488", "#8b6fb8", "#c2578a", "#a16207")
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#3f6fa6", "#a9c3de", "#f8f7f4", "#f0b98a", "#c4581f"])
+_HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 _BINS = 32
 _MAX_HEAT_ROWS = 96
 _STYLE = {
@@ -80,6 +82,19 @@ class JobCurves:
 
 
 @dataclass(frozen=True, slots=True)
+class Panel:
+    """One small plot of a logged scalar over steps."""
+
+    key: str
+    title: str
+    distilling: bool = False
+    """Only where the teacher has weight."""
+    idle: float = 0.0
+    """What jobs log that do not use this at all: a job with nothing else is not drawn."""
+    top: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class HardnessView:
     """Hardness of M samples with what they are."""
 
@@ -98,15 +113,16 @@ def job_colours(count: int) -> list[str]:
 def score_bars(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
     """Horizontal bars of (name, regular, corner), scores in [0, 1]; the first row's scores continue as dotted lines."""
     figure, (axes,) = _figure(1, height=0.62 * len(rows) + 0.8)
-    for offset, (part, column) in enumerate((("regular", 1), ("corner", 2))):
-        values = [row[column] for row in rows]
+    columns = {"regular": [row[1] for row in rows], "corner": [row[2] for row in rows]}
+    for offset, (part, values) in enumerate(columns.items()):
         y = np.arange(len(rows)) + (offset - 0.5) * 0.36
         axes.barh(y, [v or 0.0 for v in values], height=0.32, color=SLICE_COLOURS[part], label=part)
         for place, value in zip(y, values, strict=True):
             text = "not measured" if value is None else f"{100 * value:.1f}"
-            axes.text((value or 0.0) + 0.008, place, text, va="center", fontsize=8.5, color=MUTED)
-        if values and values[0] is not None:
-            axes.axvline(values[0], color=SLICE_COLOURS[part], linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
+            axes.text((value or 0.0) + 0.006, place, text, va="center", fontsize=8.5, color=MUTED, bbox=_HALO)
+        first = values[0] if values else None
+        if first is not None:
+            axes.axvline(first, color=SLICE_COLOURS[part], linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.06)
@@ -122,20 +138,20 @@ def score_bars(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
 def training_curves(jobs: Sequence[JobCurves]) -> str:
     """Loss, cross-entropy and KL over steps, one line per job."""
     panels = (
-        ("loss", "Loss that is optimized", False),
-        ("ce", "Cross-entropy (nats per token)", False),
-        ("kl", "KL from the teacher (nats per token)", True),
+        Panel("loss", "Loss that is optimized"),
+        Panel("ce", "Cross-entropy (nats per token)"),
+        Panel("kl", "KL from the teacher (nats per token)", distilling=True),
     )
-    return _line_panels("training", "Training curves of the students", jobs, panels)
+    return _line_panels("training", "Training curves of the students", jobs, panels, smooth=True)
 
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 def schedule_curves(jobs: Sequence[JobCurves]) -> str:
     """Release alpha, competence of the sampler and measured hardness over steps, one line per job."""
     panels = (
-        ("alpha", "Release: weight of the teacher (alpha)", False),
-        ("competence", "Competence: share of samples eligible", False),
-        ("token_hardness", "Token hardness (mean)", True),
+        Panel("alpha", "Weight of the teacher (alpha)", top=1.05),
+        Panel("competence", "Share of samples eligible (competence)", idle=1.0, top=1.05),
+        Panel("token_hardness", "Token hardness (mean)", distilling=True),
     )
     return _line_panels("schedules", "Release, competence and hardness during training", jobs, panels, smooth=False)
 
@@ -161,16 +177,16 @@ def hardness_histograms(views: Sequence[HardnessView]) -> str:
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 def expert_heat_map(jobs: Sequence[JobCurves]) -> str | None:
     """Expert load over steps, a panel per MoE job: rows are layer x expert, colour is the load against an even one."""
-    loads = [(job, *load) for job in jobs if (load := job.expert_load())]
+    loads = [(job, *logged) for job in jobs if (logged := job.expert_load())]
     if not loads:
         return None
-    num_rows = min(max(load.shape[1] * load.shape[2] for _, _, load in loads), _MAX_HEAT_ROWS)
+    num_rows = min(max(load_SLE[0].size for _, _, load_SLE in loads), _MAX_HEAT_ROWS)
     figure, axes = _figure(len(loads), height=max(1.9, 0.24 * num_rows + 0.9))
-    for panel, (job, steps, load) in zip(axes, loads, strict=True):
-        image = _heat_panel(panel, steps, load, labelled=panel is axes[0])
+    for panel, (job, steps, load_SLE) in zip(axes, loads, strict=True):
+        image = _heat_panel(panel, steps, load_SLE, labelled=panel is axes[0])
         panel.set_title(job.label)
     bar = figure.colorbar(image, ax=axes, shrink=0.9, pad=0.015, aspect=14, ticks=[0, 0.5, 1, 1.5, 2])
-    bar.ax.set_yticklabels(["idle", "half", "even", "1.5x", ">= 2x"])
+    bar.ax.set_yticklabels(["idle", "half", "even", "1.5×", "≥ 2×"])
     bar.outline.set_visible(False)  # type: ignore[operator]
     return _svg(figure, "experts", "Share of tokens per expert over training, relative to an even load")
 
@@ -201,36 +217,38 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _line_panels(
-    name: str, title: str, jobs: Sequence[JobCurves], panels: Sequence[tuple[str, str, bool]], *, smooth: bool = True
-) -> str:
+def _line_panels(name: str, title: str, jobs: Sequence[JobCurves], panels: Sequence[Panel], *, smooth: bool) -> str:
     figure, axes = _figure(len(panels), height=2.7)
-    for panel, (key, label, distilling) in zip(axes, panels, strict=True):
-        drawn = [_draw_line(panel, job, *job.series(key, distilling=distilling), smooth=smooth) for job in jobs]
-        if not any(drawn):
-            panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", color=MUTED)
-        panel.set_title(label)
-        panel.set_xlabel("optimizer step")
-        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        panel.grid(axis="y")
-        panel.set_xlim(left=0)
-        panel.set_ylim(bottom=0, top=None if key not in ("alpha", "competence") else 1.05)
-    handles = {h.get_label(): h for panel in axes for h in panel.get_legend_handles_labels()[0]}
-    if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, handlelength=1.4)
+    handles: dict[str, Any] = {}
+    for axis, panel in zip(axes, panels, strict=True):
+        drawn = {job.label: line for job in jobs if (line := _draw_line(axis, job, panel, smooth=smooth))}
+        handles |= drawn
+        if not drawn:
+            axis.text(0.5, 0.5, "not used", transform=axis.transAxes, ha="center", color=MUTED)
+        axis.set_title(panel.title)
+        axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.grid(axis="y")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0, top=panel.top)
+    shown = [job.label for job in jobs if job.label in handles]
+    if shown:
+        lines = [handles[label] for label in shown]
+        figure.legend(lines, shown, loc="outside upper left", ncols=4, handlelength=1.4)
     return _svg(figure, name, title)
 
 
-def _draw_line(axes: Axes, job: JobCurves, steps: Floats, values: Floats, *, smooth: bool) -> bool:
-    """Whether there was anything but zeros to draw."""
-    if not values.any():
-        return False
-    width = 2.0 if job.colour == ACCENT else 1.5
+def _draw_line(axes: Axes, job: JobCurves, panel: Panel, *, smooth: bool) -> Any:
+    """The line, or None if the job logged nothing but the idle value."""
+    steps, values = job.series(panel.key, distilling=panel.distilling)
+    if not (values != panel.idle).any():
+        return None
     if smooth and len(values) >= 12:
         axes.plot(steps, values, color=job.colour, linewidth=0.7, alpha=0.28)
         values = _running_mean(values, len(values) // 12)
-    axes.plot(steps, values, color=job.colour, linewidth=width, label=job.label)
-    return True
+    width, marker = (2.0 if job.colour == ACCENT else 1.5), ("o" if len(values) == 1 else None)
+    (line,) = axes.plot(steps, values, color=job.colour, linewidth=width, marker=marker)
+    return line
 
 
 def _running_mean(values: Floats, reach: int) -> Floats:
@@ -285,9 +303,8 @@ def _heat_panel(axes: Axes, steps: Floats, load_SLE: Floats, *, labelled: bool) 
 
 def _figure(columns: int, *, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure as wide as the page and its panels, row by row. Sizes in inches."""
-    figure = Figure(figsize=(10.6, height), layout="constrained")
+    figure = Figure(figsize=(10.6, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06)  # type: ignore[union-attr]
     figure.patch.set_alpha(0.0)
     return figure, [axes for row in grid for axes in row]
 

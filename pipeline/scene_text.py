@@ -60,7 +60,19 @@ def record(scene: Scene, boxes: Sequence[Box], rng: Random) -> dict[str, Any]:
         },
         "driving_suggestion": suggest(scene),
         "driving_suggestion_question": rng.choice(QUESTIONS["suggestion"]),
+        "weather": scene.weather,
+        "objects": [_object(scene.things[i], boxes[i]) for i in _far_to_near(scene)],
     }
+
+
+def _far_to_near(scene: Scene) -> list[int]:
+    return sorted(range(len(scene.things)), key=lambda i: -scene.things[i].depth_m)
+
+
+def _object(thing: Thing, box: Box) -> dict[str, Any]:
+    """Ground truth of one object, in drawing order: the last one that covers a place is what is seen there."""
+    words = [*filter(None, (thing.colour,)), thing.kind, thing.distance, thing.position]
+    return {"category_name": thing.kind, "words": words, "box": list(box)}
 
 
 def describe(scene: Scene) -> str:
