@@ -4,9 +4,9 @@ transformers' loops are written for accelerators and large batches: `eager` buil
 expert, `batched_mm` copies the weights of every token's experts. With few tokens and small experts that costs more
 than the products themselves. Same mathematics, same weights (tests compare with `eager`).
 
-Milliseconds for 32 tokens end to end at batch 1, the demo's MoE student, one thread of a 2-core Xeon with AMX, medians
-of interleaved runs: eager 51.2, grouped_mm 50.9, by_expert 46.4; in a busier run eager 116, grouped_mm 113,
-batched_mm 258 (its prefill alone 150 against 19). `tools/bench_latency.py` measures all of them again.
+Milliseconds for 32 tokens end to end at batch 1 (prefill alone), the demo's MoE student, one thread of a 2-core Xeon
+with AMX, medians of 32 interleaved answers by `tools/bench_latency.py`: eager 51.0 (8.6), grouped_mm 50.8 (8.4),
+batched_mm 137.9 (87.2), by_expert 46.4 (8.3).
 Shapes: T tokens, K experts per token, D width, P = T * K pairs of token and expert.
 """
 

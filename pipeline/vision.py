@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline.config import Recipe, VisionPretraining, parse_args
-from pipeline.data import open_image
+from pipeline.data import Sample, load_image
 from pipeline.errors import ConfigError, DataError, run_main
 from pipeline.hf_folder import Building, copy_companions
 from pipeline.models import load_model, save_model
@@ -63,7 +63,9 @@ class CellWords(Dataset[tuple[Tensor, Tensor, Tensor]]):
         rng = Random(f"{self.seed}/{position}")
         marked = rng.choice(record["objects"])["box"] if rng.random() < 0.5 else None
         folder, _, number = path.stem.rpartition("_")
-        image = open_image(self.root / folder / "images" / f"{number}.jpg", marked)
+        images = (self.root / folder / "images" / f"{number}.jpg",)
+        box = None if marked is None else (marked[0], marked[1], marked[2], marked[3])
+        image = load_image(Sample(path.stem, images, "", "", "region", "unknown", box))
         pixels, grid = self.processor.pixels([image])
         rows, columns = int(grid[0, 1]) // self.merge, int(grid[0, 2]) // self.merge
         return pixels, grid, self._targets(record, marked, image.size, rows, columns)
@@ -79,7 +81,7 @@ class CellWords(Dataset[tuple[Tensor, Tensor, Tensor]]):
             words = " ".join(shown[-1]["words"]) if shown else record["weather"]
             if marked is not None and _overlap(marked, frame) > 0:
                 words += f" {MARKED}"
-            ids = self.processor.tokenizer.encode(words, add_special_tokens=False)
+            ids = self.processor.tokenizer.encode(f" {words}", add_special_tokens=False)  # as inside a sentence
             target_CV[cell, ids] = 1.0
         return target_CV / target_CV.sum(-1, keepdim=True)
 
