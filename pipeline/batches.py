@@ -19,6 +19,7 @@ from pipeline.errors import StoreError
 from pipeline.processor import Encoded, Processor, collate
 from pipeline.store import SoftTargetStore
 from pipeline.targets import SoftTargets, concatenate
+from pipeline.vision import CellWords
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
@@ -47,13 +48,16 @@ class MicroBatch:
     """i64: position in the micro-batch of the sample that each answer token belongs to."""
     alpha_N: Tensor
     targets: SoftTargets | None
+    cells_CV: Tensor | None
+    """Words that image tokens shall name, see `vision`; None without word alignment."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
         """Move to a device; pixel values are cast to the model's dtype."""
         inputs = {k: v.to(device, dtype if k == "pixel_values" else None) for k, v in self.inputs.items()}
         moved = {k: getattr(self, k).to(device) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
         targets = None if self.targets is None else self.targets.to(device)
-        return MicroBatch(request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, **moved)
+        cells = None if self.cells_CV is None else self.cells_CV.to(device)
+        return MicroBatch(request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, cells_CV=cells, **moved)
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -65,8 +69,10 @@ class MicroBatches(Dataset[MicroBatch]):
         processor: Processor,
         store: SoftTargetStore | None,
         requests: Sequence[Request],
+        cells: CellWords | None,
     ) -> None:
         self.samples, self.processor, self.store, self.requests = samples, processor, store, requests
+        self.cells = cells
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -75,11 +81,19 @@ class MicroBatches(Dataset[MicroBatch]):
         request = self.requests[position]
         encoded = [self.processor.encode(self.samples[i]) for i in request.index_B]
         batch = collate(encoded, self.processor.pad_id, self.processor.image_token_id)
-        return assemble(request, encoded, dict(batch), self.store)
+        cells_CV = None
+        if self.cells is not None:
+            pairs = zip(request.index_B, encoded, strict=True)
+            cells_CV = torch.cat([self.cells.targets(self.samples[i], e.image_grid_thw) for i, e in pairs])
+        return assemble(request, encoded, dict(batch), self.store, cells_CV)
 
 
 def assemble(
-    request: Request, encoded: Sequence[Encoded], batch: dict[str, Any], store: SoftTargetStore | None
+    request: Request,
+    encoded: Sequence[Encoded],
+    batch: dict[str, Any],
+    store: SoftTargetStore | None,
+    cells_CV: Tensor | None = None,
 ) -> MicroBatch:
     """Find the answer rows (logit row t predicts token t + 1) and join the soft targets by sample_id."""
     labels_BS = batch["labels"]
@@ -101,6 +115,7 @@ def assemble(
         sample_N=sample_N,
         alpha_N=alpha_B[sample_N],
         targets=_join_targets(request, encoded, counts, store),
+        cells_CV=cells_CV,
     )
 
 

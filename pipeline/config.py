@@ -137,17 +137,6 @@ class UpcycleConfig(Section):
     """Relative noise on each expert copy: identical copies leave the router without gradient."""
 
 
-class VisionPretraining(Section):
-    """Alignment of a random model's vision tower with words, on the embedded scenes (`pipeline.vision`)."""
-
-    steps: Positive = 400
-    """Optimizer steps."""
-    batch_size: Positive = 32
-    """Images per step."""
-    lr: Annotated[float, Field(gt=0.0)] = 2e-3
-    """Peak learning rate."""
-
-
 class ModelConfig(Section):
     """One model. Exactly one of: `path` (a checkpoint), `text` + `vision` (random weights), `upcycle`."""
 
@@ -155,8 +144,6 @@ class ModelConfig(Section):
     """Checkpoint folder in Hugging Face format."""
     text: TextSize | None = None
     vision: VisionSize | None = None
-    pretrain: VisionPretraining | None = None
-    """Vision pretraining of random weights; only the embedded scenes have the labels for it."""
     upcycle: UpcycleConfig | None = None
 
     @model_validator(mode="after")
@@ -276,6 +263,8 @@ class JobConfig(Section):
     """Largest global gradient norm; 0 turns clipping off."""
     trainable: Literal["all", "mlp_and_router", "language"] = "all"
     """Which parameters train."""
+    vision_words: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the word alignment of image tokens (`pipeline.vision`), for random weights on the embedded scenes."""
     activation_checkpointing: bool = False
     distill: DistillConfig | None = None
     curriculum: CurriculumConfig | None = None

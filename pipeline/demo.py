@@ -53,8 +53,6 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
         model = job.init.removeprefix("models.")
         if job.init.startswith("models.") and recipe.models[model].path is None:
             add(f"model {model}", *python, "pipeline.student", "--model", model)
-            if recipe.models[model].pretrain is not None:
-                add(f"vision {model}", *python, "pipeline.vision", "--model", model)
         if job.distill or job.curriculum:
             add("teacher", *python, "pipeline.teacher")
             add("hardness", *python, "pipeline.hardness")
@@ -104,7 +102,7 @@ class _Durations:
 
 def _environment() -> dict[str, str]:
     """One thread per rank and CPU collectives unless the caller chose otherwise; the venv's tools on the PATH."""
-    return {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", **os.environ, "PATH": _path()}
+    return {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PATH": _path()}
 
 
 def _path() -> str:

@@ -221,9 +221,10 @@ def evaluate(recipe: Recipe) -> Json:
         "seed": recipe.run.seed,
         "questions": len(evaluation.samples),
         "latency": settings,
+        "config": recipe.model_dump(mode="json", exclude_unset=True),
     }
     _write_json(recipe.run.dir / "results.json", content)
-    print(f"{results.table(rows)}\n\n{results.bar_lines(measured)}")
+    print(f"{results.table(rows)}\n{results.latency_line(settings)}\n\n{results.bar_lines(measured)}")
     return content
 
 

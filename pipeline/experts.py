@@ -6,7 +6,7 @@ than the products themselves. Same mathematics, same weights (tests compare with
 
 Milliseconds for 32 tokens end to end at batch 1 (prefill alone), the demo's MoE student, one thread of a 2-core Xeon
 with AMX, medians of 32 interleaved answers by `tools/bench_latency.py`: eager 51.0 (8.6), grouped_mm 50.8 (8.4),
-batched_mm 137.9 (87.2), by_expert 46.4 (8.3).
+batched_mm 137.9 (87.2), by_expert 46.4 (8.3): the speed-up over the teacher is 2.1 with this loop, 1.9 with eager.
 Shapes: T tokens, K experts per token, D width, P = T * K pairs of token and expert.
 """
 

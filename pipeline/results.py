@@ -49,7 +49,7 @@ class Bar:
 
     name: str
     value: float | None
-    """None: not measured, or the denominator is 0."""
+    """None: not measured, or something compared with 0; nothing compared with 0 counts as 0."""
     target: float
     reached: bool
 
@@ -77,6 +77,15 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text: scores in per cent, parameters in millions."""
     return "\n".join(_aligned([_HEADS, *map(_cells, rows)]))
+
+
+def latency_line(settings: Mapping[str, Any]) -> str:
+    """What the timings hold for, in one line: they mean nothing without it."""
+    return (
+        f"latency: batch {settings['batch_size']}, {settings['new_tokens']} forced new tokens, "
+        f"{settings['samples']} samples x {settings['repeats']} repeats, {settings['threads']} thread(s), "
+        f"expert loop of MoE models: {settings['experts_implementation']}"
+    )
 
 
 def bar_lines(measured: Sequence[Bar]) -> str:
@@ -109,7 +118,8 @@ def _score(row: Row | None, part: str) -> float | None:
 def _bar(name: str, above: float | None, below: float | None, target: float) -> Bar:
     if above is None or below is None:
         return Bar(name, None, target, False)
-    return Bar(name, above / below if below else None, target, above > 0 and above >= target * below)
+    value = above / below if below else None if above else 0.0
+    return Bar(name, value, target, above > 0 and above >= target * below)
 
 
 def _verdict(bar: Bar) -> str:

@@ -40,7 +40,7 @@ _WHY = {
 }
 
 
-def record(scene: Scene, boxes: Sequence[Box], rng: Random) -> dict[str, Any]:
+def record(scene: Scene, boxes: Sequence[Box], size: tuple[int, int], rng: Random) -> dict[str, Any]:
     """A CODA-LM record of the scene, with this layout's extra `question` keys."""
     regions = pick_regions(rng, scene.things)
     return {
@@ -61,6 +61,7 @@ def record(scene: Scene, boxes: Sequence[Box], rng: Random) -> dict[str, Any]:
         "driving_suggestion": suggest(scene),
         "driving_suggestion_question": rng.choice(QUESTIONS["suggestion"]),
         "weather": scene.weather,
+        "size": list(size),
         "objects": [_object(scene.things[i], boxes[i]) for i in _far_to_near(scene)],
     }
 

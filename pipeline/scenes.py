@@ -99,7 +99,7 @@ def _draw(job: _Job) -> None:
     scene = plan_scene(rng, corner=job.corner, held_out=job.split == "Test")
     image, boxes = render(scene, job.config.width, job.config.height)
     image.save(job.root / job.folder / "images" / f"{job.number:04d}.jpg", quality=JPEG_QUALITY)
-    _write_json(job.root / "CODA-LM" / job.split / f"{_stem(job)}.json", record(scene, boxes, rng))
+    _write_json(job.root / "CODA-LM" / job.split / f"{_stem(job)}.json", record(scene, boxes, image.size, rng))
 
 
 def _stem(job: _Job) -> str:

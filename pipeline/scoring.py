@@ -46,12 +46,15 @@ def mention_f1(prediction: str, gold: str) -> float:
 
 
 def score_answer(task: str, prediction: str, gold: str) -> float:
-    """In [0, 1]: mention F1 (general), first category equal (region), action equal (suggestion), else ROUGE-L."""
-    if task == "general":
+    """In [0, 1]: mention F1 (general), first category equal (region), action equal (suggestion).
+
+    ROUGE-L for other tasks, and where the gold answer names no kind or action that this module knows.
+    """
+    if task == "general" and mentions(gold):
         return mention_f1(prediction, gold)
-    if task == "region":
+    if task == "region" and mentions(gold):
         return float(mentions(prediction)[:1] == mentions(gold)[:1])
-    if task == "suggestion":
+    if task == "suggestion" and action(gold):
         return float(action(prediction) == action(gold))
     return rouge_l(prediction, gold)
 

@@ -17,6 +17,7 @@ from pipeline import hardness, losses, moe
 from pipeline.batches import MicroBatch
 from pipeline.config import JobConfig
 from pipeline.losses import DistillationTerms
+from pipeline.vision import VisionProbe, cell_loss
 
 
 @dataclass
@@ -61,6 +62,8 @@ class StepContext:
     """None for a dense model."""
     top_k: int
     """Experts per token."""
+    vision: VisionProbe | None
+    """None without word alignment."""
     job: JobConfig
     temperature: float
     beta: float
@@ -117,9 +120,20 @@ def _forward(context: StepContext, micro: MicroBatch, num_tokens: float, stats: 
     )
     stats.add(loss=terms.loss_sum.detach(), ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
     _measure_hardness(context, micro, terms, stats)
+    if context.vision is not None and micro.cells_CV is not None:
+        loss = loss + _vision_loss(context, context.vision.take(), micro, stats)
     if context.probe is not None:
         loss = loss + _router_loss(context, context.probe.take(), micro.inputs["attention_mask"], stats)
     return loss
+
+
+def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, stats: StepStats) -> Tensor:
+    """Word alignment of image tokens: mean over the images of the global batch."""
+    embeddings_VD = context.engine.module.get_input_embeddings().weight
+    assert micro.cells_CV is not None
+    loss = cell_loss(features_CD, embeddings_VD, micro.cells_CV, len(micro.sample_ids))
+    stats.add(vision=loss.detach())
+    return context.job.vision_words * loss / context.job.global_batch_size
 
 
 def _measure_hardness(context: StepContext, micro: MicroBatch, terms: DistillationTerms, stats: StepStats) -> None:

@@ -38,6 +38,7 @@ from pipeline.processor import Processor
 from pipeline.step import StepContext, StepStats, run_step
 from pipeline.store import SoftTargetStore
 from pipeline.teacher import expected_identity
+from pipeline.vision import CellWords, VisionProbe
 
 EXIT_REQUEUE = 85
 LOCK_WAIT_S = 60.0
@@ -80,6 +81,8 @@ class Trainer:
         has_experts = bool(moe.moe_layers(model_config))
         self.probe = moe.RouterProbe(self.engine.module) if has_experts else None
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
+        self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
+        self.cells = CellWords(self.processor) if job.vision_words > 0 else None
         self.step = 0
         window_steps = (job.curriculum or CurriculumConfig()).window_steps
         self.plan = WindowPlan(
@@ -165,7 +168,7 @@ class Trainer:
             steps = range(self.step, min(self.plan.end, self.job.steps))
             requests = [self._requests(step) for step in steps]
             flat = [request for step_requests in requests for request in step_requests]
-            stream = iterate(MicroBatches(self.samples, self.processor, store, flat), self.recipe.data)
+            stream = iterate(MicroBatches(self.samples, self.processor, store, flat, self.cells), self.recipe.data)
             for step_requests in requests:
                 started = time.monotonic()
                 yield [next(stream) for _ in step_requests], time.monotonic() - started
@@ -198,6 +201,7 @@ class Trainer:
             engine=self.engine,
             probe=self.probe,
             top_k=self.top_k,
+            vision=self.vision,
             job=self.job,
             temperature=self.recipe.targets.temperature,
             beta=beta,
@@ -321,6 +325,8 @@ def _per_token(stats: StepStats, waited: float, seconds: float) -> dict[str, Any
         "data_wait_s": waited,
         "step_s": seconds,
     }
+    if "vision" in sums:
+        values["vision"] = sums["vision"] / sums["samples"]
     if stats.router_load_LE is not None:
         load = stats.router_load_LE / stats.router_load_LE.sum(-1, keepdim=True)
         values |= {

@@ -264,7 +264,8 @@ def test_bars_that_cannot_be_measured_are_not_reached():
     assert "not measured" in results.bar_lines(alone)
     zero = {b.name: b for b in bars([row("teacher", 0.8, 0.0), row("blind", 0.0, 0.0, blind=True)])}
     assert (zero["teacher_vs_blind_regular"].value, zero["teacher_vs_blind_regular"].reached) == (None, True)
-    assert not zero["teacher_vs_blind_corner"].reached, "0 is not twice 0"
+    nothing = zero["teacher_vs_blind_corner"]
+    assert (nothing.value, nothing.reached) == (0.0, False), "0 is not twice 0, and it was measured"
     other = bars([row("teacher", 0.8, 0.8), row("other, blind", 0.1, 0.1, blind=True, model="jobs.x")])
     assert other[0].value is None, "another model's blind row is no baseline of the teacher"
 
@@ -287,6 +288,7 @@ def test_the_stage_writes_what_it_prints(recipe, run, capsys):
     assert all(teacher[key] == blind[key] for key in ("ttft_ms", "tpot_ms", "e2e_ms", "params_total")), "one model"
     assert moe["params_active"] < moe["params_total"]
     assert content["seed"] == 7
+    assert content["config"]["evaluation"]["max_new_tokens"] == NEW_TOKENS
     assert content["machine"]["torch"] == torch.__version__
     for line in content["rows"]:
         record = json.loads((recipe.run.dir / "evaluation" / f"{line['slug']}.json").read_text())
@@ -298,6 +300,7 @@ def test_the_stage_writes_what_it_prints(recipe, run, capsys):
     printed = capsys.readouterr().out
     assert "MoE student CLKD" in printed
     assert "clkd_speedup" in printed
+    assert "32 forced new tokens, 2 samples x 2 repeats, 1 thread(s), expert loop of MoE models: by_expert" in printed
 
 
 @pytest.fixture

@@ -102,6 +102,7 @@ def write_evaluation(run: Path, samples: Sequence[Sample]) -> None:
         "machine": {"cpu": "A processor", "cores": 2, "accelerator": None, "torch": "2.13.0"},
         "date": "2026-11-24T10:00:00+00:00",
         "seed": 7,
+        "latency": {"new_tokens": 32, "threads": 1, "experts_implementation": "by_expert"},
     }
     (run / "results.json").write_text(json.dumps(content))
 
@@ -207,6 +208,7 @@ def test_headline_and_bars_are_those_of_the_results(whole: Path, page: Page) -> 
     assert "answers 2.19 times as fast" in page.text
     assert "2.19× the teacher’s speed" in page.text
     assert "5.70 million" in page.text
+    assert "32 new tokens per answer; threads: 1; expert loop of Mixture-of-Experts models: by_expert" in page.text
     for bar in content["bars"]:
         assert ("✓ reached" if bar["reached"] else "✗ missed") in page.text
     marks = [page.text.count(f"{mark} · bar") for mark in ("✓ reached", "✗ missed", "– not measured")]
