@@ -57,7 +57,9 @@ class MicroBatch:
         moved = {k: getattr(self, k).to(device) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
         targets = None if self.targets is None else self.targets.to(device)
         cells = None if self.cells_CV is None else self.cells_CV.to(device)
-        return MicroBatch(request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, cells_CV=cells, **moved)
+        return MicroBatch(
+            request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, cells_CV=cells, **moved
+        )
 
 
 class MicroBatches(Dataset[MicroBatch]):

@@ -173,9 +173,7 @@ def save_model(model: PreTrainedModel, processor: Processor | Path | str, dst: P
     model.save_pretrained(str(dst))
 
 
-def load_model(
-    path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa"
-) -> PreTrainedModel:
+def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
     """Load a checkpoint folder in evaluation mode, on the CPU. `attention`: transformers' attention implementation.
 
     Raises:

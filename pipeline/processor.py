@@ -128,9 +128,7 @@ class Processor:
         """
         answer_text = sample.answer or ""
         if not answer_text.strip():
-            raise DataError(
-                f"sample {sample.sample_id}: its answer is empty: there is nothing to learn from it."
-            )
+            raise DataError(f"sample {sample.sample_id}: its answer is empty: there is nothing to learn from it.")
         _check_text(sample, "answer", answer_text)
         prompt = self.encode_prompt(sample, blind=blind)
         answer_ids = [*self.tokenizer.encode(answer_text, add_special_tokens=False), self.eos_id]
@@ -174,9 +172,7 @@ class Processor:
 
     def identity(self) -> dict[str, str]:
         """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
-        images = {
-            key: value for key, value in self.image_processor.to_dict().items() if key not in _UNSTABLE_KEYS
-        }
+        images = {key: value for key, value in self.image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
         return {
             "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
             "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
@@ -193,15 +189,11 @@ class Processor:
     def _encode_images(self, sample: Sample, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches f32[P, C*T*p*p] and grids i64[n, 3]."""
         if not images:
-            raise DataError(
-                f"sample {sample.sample_id}: it has no image; this pipeline trains on images with text."
-            )
+            raise DataError(f"sample {sample.sample_id}: it has no image; this pipeline trains on images with text.")
         try:
             return self.pixels(images)
         except ValueError as error:  # an aspect ratio beyond 200
-            raise DataError(
-                f"sample {sample.sample_id}: {error}; image sizes {[i.size for i in images]}"
-            ) from error
+            raise DataError(f"sample {sample.sample_id}: {error}; image sizes {[i.size for i in images]}") from error
 
     def _expand_images(self, ids: list[int], tokens_n: list[int]) -> Tensor:
         """Repeat the i-th image placeholder tokens_n[i] times: i64[S]."""
@@ -250,9 +242,7 @@ def collate(
 
 
 def _pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        list(rows), batch_first=True, padding_value=value, padding_side=side
-    )
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
@@ -265,13 +255,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
         )
     split = [token for token in SPECIAL_TOKENS if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
     if split:
-        raise UserError(
-            f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens."
-        )
+        raise UserError(f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens.")
     if not tokenizer.chat_template:
-        raise UserError(
-            f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json)."
-        )
+        raise UserError(f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json).")
 
 
 def _check_text(sample: Sample, name: str, text: str) -> None:

@@ -3,6 +3,7 @@
 A pinhole camera CAMERA_M above the road looks level along z; x to the right, y up, metres.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ class _View:
 
     def _band(self, left: float, right: float, fill: RGB) -> None:
         """A strip of ground between two lateral positions, hazing with depth."""
-        for near, far in zip(_DEPTHS, _DEPTHS[1:], strict=False):
+        for near, far in itertools.pairwise(_DEPTHS):
             corners = [self.project(x, z) for x, z in ((left, near), (right, near), (right, far), (left, far))]
             self.draw.polygon(corners, fill=self.tone((near + far) / 2)(fill))
 
@@ -161,7 +162,9 @@ class _View:
         (x0, y0), scale, tone = self.project(x, z), self.focal / z, self.tone(z)
         if self.rng.random() < 0.7:
             height = self.rng.uniform(3, 5)
-            self.draw.rectangle([x0 - 0.2 * scale, y0 - height * 0.5 * scale, x0 + 0.2 * scale, y0], fill=tone((92, 70, 50)))
+            self.draw.rectangle(
+                [x0 - 0.2 * scale, y0 - height * 0.5 * scale, x0 + 0.2 * scale, y0], fill=tone((92, 70, 50))
+            )
             crown = tone(mix((58, 104, 62), (88, 122, 60), self.rng.random()))
             r = height * 0.36 * scale
             for dx, dy in ((-0.5, 0.6), (0.5, 0.62), (0, 0.95)):

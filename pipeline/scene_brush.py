@@ -32,7 +32,9 @@ class Brush:
     bounds: list[float] = field(default_factory=lambda: [math.inf, math.inf, -math.inf, -math.inf])
     """Left, top, right, bottom in pixels of everything drawn that counts as the object."""
 
-    def poly(self, points: Iterable[tuple[float, float]], fill: RGB, outline: RGB | None = None, counts: bool = True) -> None:
+    def poly(
+        self, points: Iterable[tuple[float, float]], fill: RGB, outline: RGB | None = None, counts: bool = True
+    ) -> None:
         """A filled polygon; an outline is drawn dark and thin."""
         pixels = [self._pixel(x, y) for x, y in points]
         if counts:
@@ -40,11 +42,15 @@ class Brush:
         edge = self.tone(outline) if outline else None
         self._draw().polygon(pixels, fill=self.tone(fill), outline=edge, width=max(1, round(self.scale * 0.05)))
 
-    def rect(self, x1: float, y1: float, x2: float, y2: float, fill: RGB, outline: RGB | None = None, counts: bool = True) -> None:
+    def rect(
+        self, x1: float, y1: float, x2: float, y2: float, fill: RGB, outline: RGB | None = None, counts: bool = True
+    ) -> None:
         """An axis-parallel rectangle."""
         self.poly([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], fill, outline, counts)
 
-    def disc(self, x: float, y: float, radius: float, fill: RGB, outline: RGB | None = None, width: float = 0.05) -> None:
+    def disc(
+        self, x: float, y: float, radius: float, fill: RGB, outline: RGB | None = None, width: float = 0.05
+    ) -> None:
         """A circle."""
         self.oval(x, y, radius, radius, fill, outline, width)
 

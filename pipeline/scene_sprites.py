@@ -61,9 +61,7 @@ def van(brush: Brush, colour: RGB, lean: float) -> None:
     brush.shadow(1.3)
     _wheels(brush, 0.8)
     _sides(brush, 2.1, 0.3, 2.2, lean, colour)
-    brush.poly(
-        [(-1.06, 0.3), (1.06, 0.3), (1.06, 1.9), (0.86, 2.4), (-0.86, 2.4), (-1.06, 1.9)], colour, _INK
-    )
+    brush.poly([(-1.06, 0.3), (1.06, 0.3), (1.06, 1.9), (0.86, 2.4), (-0.86, 2.4), (-1.06, 1.9)], colour, _INK)
     for side in (-1, 1):
         brush.poly([(side * 0.1, 1.45), (side * 0.88, 1.45), (side * 0.76, 2.15), (side * 0.1, 2.15)], _GLASS, _INK)
     brush.line([(0, 0.4), (0, 2.38)], _INK, 0.06)
@@ -175,7 +173,11 @@ def traffic_cone(brush: Brush) -> None:
     """A row of three orange cones with white bands."""
     for x, size in ((-0.75, 0.95), (0.75, 0.95), (0.0, 1.15)):
         brush.rect(x - 0.5 * size, 0.0, x + 0.5 * size, 0.12, (200, 70, 0))
-        for low, high, fill in ((0.1, 1.3, (255, 110, 0)), (0.42, 0.66, (255, 255, 255)), (0.86, 1.04, (255, 255, 255))):
+        for low, high, fill in (
+            (0.1, 1.3, (255, 110, 0)),
+            (0.42, 0.66, (255, 255, 255)),
+            (0.86, 1.04, (255, 255, 255)),
+        ):
             a, b = 0.36 * (1 - low / 1.5) * size, 0.36 * (1 - high / 1.5) * size
             brush.poly([(x - a, low * size), (x + a, low * size), (x + b, high * size), (x - b, high * size)], fill)
 

@@ -103,12 +103,22 @@ _PRESENCE = {
     "other_objects": 0.13,
 }
 # Within a class. The rules make drafts with these kinds rarer than the others, so they are drawn more often.
-_KIND_WEIGHT = {"red light": 2.5, "stop sign": 2.5, "warning sign": 1.4, "pedestrian": 1.3, "deer": 1.5, "overturned truck": 1.3}
+_KIND_WEIGHT = {
+    "red light": 2.5,
+    "stop sign": 2.5,
+    "warning sign": 1.4,
+    "pedestrian": 1.3,
+    "deer": 1.5,
+    "overturned truck": 1.3,
+}
 _ACTION_WEIGHT = {"stop": 1.6}
 _SECOND_VEHICLE = 0.4
 _RARE_OBJECT_SHARE = 0.8  # of corner cases; the others are corner cases by their weather
 _DEPTH_M = {"near": (9.5, 11.5), "far": (18.5, 21.5)}
-_POST_DEPTH_M = {"near": (12.0, 13.0), "far": (18.5, 20.5)}  # further off: a post beside the road leaves the frame sooner
+_POST_DEPTH_M = {
+    "near": (12.0, 13.0),
+    "far": (18.5, 20.5),
+}  # further off: a post beside the road leaves the frame sooner
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +286,9 @@ def pick_regions(rng: Random, things: Sequence[Thing]) -> list[Thing]:
     """One to three objects to ask about, rare kinds first and the rest so that categories come out even."""
     count = min(len(things), rng.choice((1, 2, 2, 3)))
     # Efraimidis & Spirakis 2006: the largest u^(1/w) are a weighted draw without replacement.
-    keyed = [(not KINDS[t.kind].rare, -(rng.random() ** (1 / _REGION_WEIGHT[t.group])), i) for i, t in enumerate(things)]
+    keyed = [
+        (not KINDS[t.kind].rare, -(rng.random() ** (1 / _REGION_WEIGHT[t.group])), i) for i, t in enumerate(things)
+    ]
     return [things[i] for *_, i in sorted(keyed)[:count]]
 
 

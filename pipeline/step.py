@@ -139,7 +139,7 @@ def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, s
 def _measure_hardness(context: StepContext, micro: MicroBatch, terms: DistillationTerms, stats: StepStats) -> None:
     """Token and instance hardness of the samples whose KL was computed: no extra forward."""
     stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weight=0, weight_count=0)
-    if terms.kl_N is None:
+    if terms.kl_N is None or terms.hardness_N is None:
         return
     on_N = micro.alpha_N > 0
     on_B = torch.from_numpy(micro.request.alpha_B > 0)

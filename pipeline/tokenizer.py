@@ -72,9 +72,7 @@ CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text()
 """Qwen3-VL's dialogue format: optional system text, content as text or as parts, several images, no tools."""
 
 
-def train_tokenizer(
-    samples: Sequence[Sample], vocab_size: int, out_dir: Path, seed: int
-) -> PreTrainedTokenizerFast:
+def train_tokenizer(samples: Sequence[Sample], vocab_size: int, out_dir: Path, seed: int) -> PreTrainedTokenizerFast:
     """Train on prompts and answers and save a `transformers` tokenizer folder at `out_dir`.
 
     Unigram pieces never cross a space, a line break or a digit, so frequent words become one token; what the
@@ -244,9 +242,7 @@ def write_processor(recipe: Recipe, samples: Sequence[Sample]) -> bool:
         _check_provenance(target, provenance)
         return False
     if target.exists():
-        raise ConfigError(
-            f"{target}: exists, but this stage did not make it. Move it away. Nothing was changed."
-        )
+        raise ConfigError(f"{target}: exists, but this stage did not make it. Move it away. Nothing was changed.")
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -266,9 +262,7 @@ def _corpus_hash(samples: Iterable[Sample]) -> str:
 
 def _check_provenance(target: Path, wanted: dict[str, Any]) -> None:
     was = json.loads((target / PROVENANCE_FILE).read_text())
-    differs = [
-        f"{k}: folder {was.get(k)!r}, recipe {want!r}" for k, want in wanted.items() if was.get(k) != want
-    ]
+    differs = [f"{k}: folder {was.get(k)!r}, recipe {want!r}" for k, want in wanted.items() if was.get(k) != want]
     if differs:
         raise ConfigError(
             f"{target}: this tokenizer was made from something else.\n  " + "\n  ".join(differs) + "\n"
@@ -285,9 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     made = write_processor(recipe, samples)
-    print(
-        f"tokenizer: {recipe.processor_dir} {'written' if made else 'is up to date'} ({len(samples)} samples)"
-    )
+    print(f"tokenizer: {recipe.processor_dir} {'written' if made else 'is up to date'} ({len(samples)} samples)")
 
 
 if __name__ == "__main__":

@@ -229,8 +229,8 @@ class Trainer:
         saved = checkpoint.latest(self.dir / "checkpoints")
         raise UserError(
             f"job {self.name!r}, step {self.step + 1}: the {what} is {value}. This rank's samples: "
-            f"{[i for m in micro_batches for i in m.sample_ids]}. Nothing of this step was saved; the last checkpoint is "
-            f"{saved.name if saved else 'none'}. Lower jobs.{self.name}.lr (now {self.job.lr}) or inspect these samples."
+            f"{[i for m in micro_batches for i in m.sample_ids]}. Nothing of this step was saved; the last checkpoint "
+            f"is {saved.name if saved else 'none'}. Lower jobs.{self.name}.lr (now {self.job.lr}) or inspect these."
         )
 
     def _learn_hardness(self, stats: StepStats) -> None:

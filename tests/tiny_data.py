@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pipeline.data import Sample
 
 from pipeline.config import DataConfig
+from pipeline.data import Sample
 from pipeline.processor import Processor
 from pipeline.tokenizer import save_image_processor, train_tokenizer
 

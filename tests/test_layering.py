@@ -1,0 +1,45 @@
+"""Data flows one way: a module imports only modules listed before it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ORDER = (
+    "errors config data scene_world scene_brush scene_sprites scene_art scene_text scenes scoring tokenizer processor "
+    "vision targets shards store losses models hf_folder teacher hardness curriculum plan moe student engine_state "
+    "checkpoint export metrics batches step train experts generate latency results evaluate report_plots report_data "
+    "report demo"
+).split()
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Names of our modules that an import statement brings in."""
+    if isinstance(node, ast.Import):
+        return [a.name.split(".")[1] for a in node.names if a.name.startswith("pipeline.")]
+    if isinstance(node, ast.ImportFrom) and node.module == "pipeline":
+        return [a.name for a in node.names]
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pipeline."):
+        return [str(node.module).split(".")[1]]
+    return []
+
+
+def test_imports_point_upstream():
+    files = sorted((ROOT / "pipeline").glob("*.py"))
+    assert len(files) > 30
+    for path in files:
+        if path.stem == "__init__":
+            continue
+        assert path.stem in ORDER, f"{path}: add it to ORDER, where its inputs are already listed"
+        for node in ast.walk(ast.parse(path.read_text())):
+            for name in imported(node):
+                assert ORDER.index(name) < ORDER.index(path.stem), f"{path}: {path.stem} may not import {name}"
+
+
+def test_only_the_training_side_sees_deepspeed():
+    allowed = {"train", "engine_state", "moe"}
+    for path in (ROOT / "pipeline").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+        names += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+        if any(name.split(".")[0] == "deepspeed" for name in names):
+            assert path.stem in allowed, f"{path}: DeepSpeed belongs to {sorted(allowed)}"

@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from pipeline import curriculum
+from pipeline.config import CurriculumConfig, HardnessConfig
+from pipeline.hardness import HardnessTable
+from pipeline.plan import WindowPlan
+
+COUNT, BATCH, WINDOW = 60, 8, 4
+
+
+def make_table(seed=0):
+    prior = np.random.default_rng(seed).random(COUNT).astype(np.float32)
+    return HardnessTable([f"{i:04d}" for i in range(COUNT)], ["a" if i % 3 else "b" for i in range(COUNT)], prior)
+
+
+def make_plan(settings=None):
+    return WindowPlan(COUNT, BATCH, WINDOW, 7, settings or CurriculumConfig(window_steps=WINDOW), HardnessConfig())
+
+
+def walk(plan, table, steps, start=0):
+    """Batches of the steps; the table moves after each, as in training."""
+    batches = []
+    for step in range(start, steps):
+        plan.refresh(step, step / steps, table)
+        index, _ = plan.batch(step)
+        batches.append(index.copy())
+        table.update(index, np.full(len(index), (step % 5) / 5, np.float32), step, 0.7)
+    return batches
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_ranks_together_see_the_same_global_order(world):
+    shares = [np.concatenate(curriculum.rank_share(BATCH, r, world, 1)) for r in range(world)]
+    assert np.array_equal(np.stack(shares, 1).ravel(), np.arange(BATCH))
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_resuming_at_any_step_gives_the_same_order(stop):
+    whole = walk(make_plan(), make_table(), 12)
+    plan, table = make_plan(), make_table()
+    for step in range(stop):
+        plan.refresh(step, step / 12, table)
+        index, _ = plan.batch(step)
+        table.update(index, np.full(len(index), (step % 5) / 5, np.float32), step, 0.7)
+    resumed, again = make_plan(), make_table()
+    resumed.load(plan.state_dict(), plan.arrays())
+    again.load_arrays(table.arrays())
+    rest = walk(resumed, again, 12, start=stop)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[stop:], rest, strict=True))
+
+
+def test_no_sample_twice_within_a_window():
+    plan, table = make_plan(), make_table()
+    plan.refresh(0, 1.0, table)
+    assert len(set(plan.order.tolist())) == BATCH * WINDOW
+
+
+def test_early_windows_hold_the_easy_samples_only():
+    plan, table = make_plan(), make_table()
+    plan.refresh(0, 0.0, table)
+    assert plan.percentile.max() <= 0.3 + 1e-6
+
+
+def test_without_curriculum_every_epoch_visits_every_sample_once():
+    plan = WindowPlan(COUNT, 6, 5, 7, None, HardnessConfig())
+    seen = []
+    for step in range(10):
+        plan.refresh(step, step / 10, None)
+        seen += plan.batch(step)[0].tolist()
+    assert sorted(seen) == list(range(COUNT))
