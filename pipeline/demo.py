@@ -30,6 +30,8 @@ class Stage:
 
     name: str
     command: tuple[str, ...]
+    processes: int = 1
+    """Processes that share this machine's cores."""
 
 
 def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int) -> list[Stage]:
@@ -43,7 +45,8 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
     stages: dict[str, Stage] = {}
 
     def add(name: str, *command: str) -> None:
-        stages.setdefault(name, Stage(name, (*command, *recipe_args)))
+        processes = ranks if command[0] == launcher else 1
+        stages.setdefault(name, Stage(name, (*command, *recipe_args), processes))
 
     if recipe.data.root is None:
         add("scenes", *python, "pipeline.scenes")
@@ -74,7 +77,9 @@ def run(stages: Sequence[Stage], run_dir: Path) -> None:
     for position, stage in enumerate(stages, 1):
         print(f"\n[{position}/{len(stages)}] {stage.name}", flush=True)
         started = time.monotonic()
-        status = subprocess.run(stage.command, env=_environment(), preexec_fn=_die_with_parent).returncode
+        status = subprocess.run(
+            stage.command, env=_environment(stage.processes), preexec_fn=_die_with_parent
+        ).returncode
         durations.add(stage.name, time.monotonic() - started)
         if status:
             shown = " ".join(stage.command)
@@ -100,9 +105,17 @@ class _Durations:
         os.replace(temporary, self.path)
 
 
-def _environment() -> dict[str, str]:
-    """One thread per rank and CPU collectives unless the caller chose otherwise; the venv's tools on the PATH."""
-    return {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PATH": _path()}
+def _environment(processes: int) -> dict[str, str]:
+    """This machine's cores shared by the processes and CPU collectives, unless the caller chose otherwise."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PATH": _path(),
+    }
 
 
 def _path() -> str:

@@ -1,4 +1,4 @@
-"""The training stage as users start it: processes, signals, other world sizes, broken inputs. Tiny models, real files."""
+"""The training stage as users start it: processes, signals, other world sizes, broken inputs. Tiny, but real files."""
 
 import json
 import os
@@ -32,7 +32,8 @@ TINY = {
     },
     "targets": {"teacher": "jobs.teacher", "top_k": 8, "shard_samples": 16},
     "jobs": {
-        "teacher": {"init": "models.small", "steps": 2, "global_batch_size": 8, "micro_batch_size": 2, "vision_words": 1},
+        "teacher": {"init": "models.small", "steps": 2, "global_batch_size": 8, "micro_batch_size": 2,
+            "vision_words": 1},
         "clkd": {
             "init": "models.moe", "steps": STEPS, "global_batch_size": 8, "micro_batch_size": 2, "lr": 0.01,
             "grad_clip": 0.1, "checkpoint_every": 100, "log_every": 1, "distill": {}, "curriculum": {"window_steps": 3},

@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import load_recipe
+from pipeline.demo import Stage, plan, run
+from pipeline.errors import UserError
+
+DEMO = Path(__file__).parent.parent / "pipeline" / "recipes" / "demo.yaml"
+
+
+def names(recipe):
+    return [s.name for s in plan(recipe, ["--config", str(DEMO)], Path("ds.json"), 2)]
+
+
+def test_what_a_stage_needs_comes_before_it():
+    order = names(load_recipe(DEMO))
+    assert order[:2] == ["scenes", "tokenizer"]
+    for before, after in (
+        ("model teacher", "train teacher"), ("train teacher", "teacher"), ("teacher", "hardness"),
+        ("hardness", "train moe_kd"), ("train base", "model moe"), ("model moe", "train clkd"),
+        ("train clkd", "evaluate"), ("evaluate", "report"),
+    ):  # fmt: skip
+        assert order.index(before) < order.index(after)
+    assert len(order) == len(set(order))
+
+
+def test_own_data_and_models_skip_what_they_bring():
+    recipe = load_recipe(DEMO, ["data.root=/d", "tokenizer.path=/t", "models.teacher={path: /big}"])
+    assert not {"scenes", "tokenizer", "model teacher"} & set(names(recipe))
+
+
+def test_a_failing_stage_stops_the_chain_and_is_named(tmp_path):
+    stages = [Stage("good", ("true",)), Stage("bad", ("false",)), Stage("never", ("touch", str(tmp_path / "x")))]
+    with pytest.raises(UserError, match="stage 'bad' ended with status 1"):
+        run(stages, tmp_path)
+    assert not (tmp_path / "x").exists()
+    assert set(json.loads((tmp_path / "stages.json").read_text())) == {"good", "bad"}
