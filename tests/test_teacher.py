@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline.data import read_samples
 from safetensors.torch import load_file, save_file
 from tiny_data import corpus, make_processor, save_image
 
 from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize, load_recipe
+from pipeline.data import read_samples
 from pipeline.errors import ConfigError, StoreError, UserError
 from pipeline.models import build, load_model, save_model
 from pipeline.processor import Processor, collate
@@ -57,7 +57,7 @@ def write_data(root: Path) -> None:
         save_image(root / f"{n}.png", width, height, seed=n)
     with (root / "train.jsonl").open("w") as file:
         for i, sample in enumerate(corpus(root / "0.png")[:SAMPLES]):
-            answer = sample.answer[: 8 + 7 * (i % 9)]
+            answer = f"{i} {sample.answer[: 8 + 7 * (i % 9)]}"  # equal contents would be one sample
             turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"id": str(i), "image": f"{i % 3}.png", "messages": turns}) + "\n")
 
