@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pipeline.config import Recipe, parse_args
 from pipeline.data import Sample, read_samples
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
-from pipeline.models import check_compatible, load_model, weights_hash
+from pipeline.models import batch_attention, check_compatible, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
 from pipeline.shards import FORMAT_VERSION
 from pipeline.store import Identity, StoreWriter
@@ -168,7 +168,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     todo = {shard: samples[shard * size : (shard + 1) * size] for shard in mine if shard not in committed}
     if not todo:
         return PassSummary(0, len(mine), 0, 0, 0, 0.0)
-    model = load_model(recipe.model_dir(recipe.targets.teacher))
+    model = load_model(recipe.model_dir(recipe.targets.teacher), attention=batch_attention())
     check_compatible(model, processor)
     torch.nn.Module.to(model, _device(recipe))
     return _write_shards(recipe, writer, model, processor, todo, skipped=len(mine) - len(todo))
@@ -216,7 +216,9 @@ def _encoded_windows(
         for start in range(0, len(samples), size)
     ]
     dataset = _EncodedWindows(windows, processor, recipe.targets.batch_size)
-    yield from DataLoader(dataset, batch_size=None, num_workers=recipe.data.workers)
+    yield from DataLoader(
+        dataset, batch_size=None, num_workers=max(1, recipe.data.workers)
+    )  # encoding overlaps the forward
 
 
 def _vocab_size(teacher_dir: Path) -> int:

@@ -118,9 +118,7 @@ class Trainer:
         return Distillation(store, table, WeightNormaliser())
 
     def _engine(self, ds_json: dict[str, Any]) -> Any:
-        # On CPUs the backward of SDPA takes 1.8x the whole step that plain matrix products take.
-        attention = "sdpa" if torch.cuda.is_available() else "eager"
-        model = models.load_model(self.recipe.model_dir(self.job.init), attention=attention)
+        model = models.load_model(self.recipe.model_dir(self.job.init), attention=models.batch_attention())
         models.check_compatible(model, self.processor)
         config = moe.prepare_deepspeed_config(ds_json, self.job, model.config, self.world)
         if self.job.activation_checkpointing:
