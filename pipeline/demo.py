@@ -9,7 +9,6 @@ import argparse
 import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -41,11 +40,13 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
     distils (or orders by hardness) the teacher pass and the hardness table are made.
     """
     python = (sys.executable, "-m")
-    launcher = shutil.which("deepspeed", path=_path()) or "deepspeed"
+    # torchrun and not the deepspeed launcher, whose ranks live on when it is killed: a signal reaches every rank, and
+    # a free port is chosen each time.
+    launcher = (*python, "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks))
     stages: dict[str, Stage] = {}
 
     def add(name: str, *command: str) -> None:
-        processes = ranks if command[0] == launcher else 1
+        processes = ranks if command[: len(launcher)] == launcher else 1
         stages.setdefault(name, Stage(name, (*command, *recipe_args), processes))
 
     if recipe.data.root is None:
@@ -59,8 +60,7 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
         if job.distill or job.curriculum:
             add("teacher", *python, "pipeline.teacher")
             add("hardness", *python, "pipeline.hardness")
-        train = (launcher, "--num_gpus", str(ranks), "train.py", "--deepspeed_config", str(ds_config))
-        add(f"train {name}", *train, f"job={name}")
+        add(f"train {name}", *launcher, "train.py", "--deepspeed_config", str(ds_config), f"job={name}")
     if recipe.evaluation.rows:
         add("evaluate", *python, "pipeline.evaluate")
         last = recipe.evaluation.rows[-1].model
