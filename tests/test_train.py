@@ -201,3 +201,19 @@ def test_changed_settings_do_not_continue_another_job(run):
     done = train(run, check=False, **{"jobs.clkd.lr": 0.02})
     assert done.returncode != 0
     assert "lr: checkpoint 0.01, recipe 0.02" in done.stderr
+
+
+def test_the_chain_goes_on_after_kill_9(run, uninterrupted):
+    command = [sys.executable, "-m", "pipeline.demo", "--config", str(run / "recipe.yaml")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    chain = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics, deadline = run / "jobs" / "clkd" / "metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    chain.kill()
+    chain.wait()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, resumed = weights(uninterrupted), weights(run)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert (run / "report.html").is_file()
