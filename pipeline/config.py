@@ -24,7 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -199,6 +199,12 @@ class DistillConfig(Section):
     token_tilt: Annotated[float, Field(ge=0.0)] = 1.0
     """Size of beta on tokens: 0 turns the token granularity of H2G off."""
 
+    @model_validator(mode="after")
+    def _release_runs_forwards(self) -> Self:
+        if self.release_to < self.release_from:
+            raise ValueError(f"release_to {self.release_to} lies before release_from {self.release_from}")
+        return self
+
 
 class CurriculumConfig(Section):
     """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
@@ -328,8 +334,11 @@ class Recipe(Section):
                     f"micro_batch_size {job.micro_batch_size}"
                 )
         for name, model in self.models.items():
-            if model.upcycle and model.upcycle.top_k > model.upcycle.experts:
-                problems.append(f"models.{name}.upcycle: top_k {model.upcycle.top_k} > experts {model.upcycle.experts}")
+            if model.upcycle and not 2 <= model.upcycle.top_k <= model.upcycle.experts:
+                problems.append(
+                    f"models.{name}.upcycle: top_k {model.upcycle.top_k} is not between 2 and "
+                    f"experts {model.upcycle.experts}"
+                )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -338,6 +347,8 @@ class Recipe(Section):
         refs = [(f"jobs.{name}.init", job.init) for name, job in self.jobs.items()]
         refs += [(f"models.{n}.upcycle.source", m.upcycle.source) for n, m in self.models.items() if m.upcycle]
         refs += [(f"evaluation.rows[{i}].model", row.model) for i, row in enumerate(self.evaluation.rows)]
+        if any(job.distill or job.curriculum for job in self.jobs.values()):
+            refs.append(("targets.teacher", self.targets.teacher))
         return refs
 
     def _reference_problem(self, where: str, ref: str) -> str | None:
@@ -408,7 +419,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, sign, value = override.partition("=")
         if not sign:
             raise ConfigError(f"{override!r} is not of the form section.key=value. Nothing was read or changed.")
-        _set_path(raw, key.split("."), yaml.safe_load(value))
+        _set_path(raw, key.split("."), _parse_yaml(value, override))
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
@@ -421,14 +432,20 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path}: `extends` goes in a circle: {[str(p) for p in seen]}")
     if not path.is_file():
         raise ConfigError(f"{path}: no such recipe")
-    try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    raw = _parse_yaml(path.read_bytes(), str(path)) or {}
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(raw).__name__}")
     base = raw.pop("extends", None)
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: `extends` names another recipe's file, got {base!r}")
     return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), raw) if base else raw
+
+
+def _parse_yaml(text: str | bytes, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}. Nothing was changed.") from None
 
 
 def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -465,11 +482,10 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
     kind: Any = Recipe
     for part in loc:
         section = _section_of(kind)
-        kind = (
-            section.model_fields[str(part)].annotation
-            if section and str(part) in section.model_fields
-            else get_args(kind)[-1]
-        )
+        if section and str(part) in section.model_fields:
+            kind = section.model_fields[str(part)].annotation
+        else:  # an entry of dict[str, Section] or tuple[Section, ...]
+            kind = next(k for k in reversed(get_args(kind)) if k is not Ellipsis)
     section = _section_of(kind)
     return sorted(section.model_fields) if section else []
 

@@ -78,6 +78,21 @@ def read_samples(format: str, root: Path, split: str) -> list[Sample]:
     return samples
 
 
+def require_answers(samples: Sequence[Sample], where: str) -> None:
+    """DataError when a sample has nothing to learn from; names the first few records.
+
+    Args:
+        where: the split and what it is read for, for the message.
+    """
+    empty = [", ".join(filter(None, s.meta.values())) for s in samples if not s.answer.strip()]
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise DataError(
+            f"{where}: {len(empty)} of {len(samples)} samples have an empty answer: {'; '.join(empty[:3])}{more}. "
+            "Fill in or remove them. Nothing was started."
+        )
+
+
 def read_coda_lm(root: Path, split: str) -> list[Sample]:
     """CODA-LM: `<root>/CODA-LM/<split>/<folder>_<NNNN>.json` about `<root>/<folder>/images/<NNNN>.jpg`.
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.config import Recipe, parse_args
-from pipeline.data import Sample, read_samples
+from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
 from pipeline.models import batch_attention, check_compatible, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
@@ -158,6 +158,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
     identity = expected_identity(recipe, processor, samples)
     size = recipe.targets.shard_samples
     writer = StoreWriter(recipe.store_dir, identity, num_samples=len(samples), shard_samples=size)

@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from pipeline import checkpoint, curriculum, export, models, moe
 from pipeline.batches import MicroBatch, MicroBatches, Request, iterate
 from pipeline.config import CurriculumConfig, JobConfig, Recipe, parse_args
-from pipeline.data import read_samples
+from pipeline.data import read_samples, require_answers
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.hardness import HardnessTable
 from pipeline.losses import WeightNormaliser
@@ -74,6 +74,7 @@ class Trainer:
         self.dir = recipe.job_dir(name)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
         self.samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+        require_answers(self.samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
         self.distillation = self._open_distillation()
         self.engine = self._engine(ds_json)
         model_config = self.engine.module.config
@@ -256,17 +257,7 @@ class Trainer:
         loaded = checkpoint.load(self.engine, self.dir / "checkpoints")
         if loaded is None:
             return
-        ours = self._fingerprint()
-        differs = [
-            f"{k}: checkpoint {loaded.state['fingerprint'].get(k)!r}, recipe {v!r}"
-            for k, v in ours.items()
-            if loaded.state["fingerprint"].get(k) != v
-        ]
-        if differs:
-            raise UserError(
-                f"{self.dir}: this job was started with other settings.\n  " + "\n  ".join(differs) + "\n"
-                "Restore them, or train under another job name. Nothing was changed."
-            )
+        refuse_other_settings(self.dir, loaded.state["fingerprint"], self._fingerprint())
         self.step = loaded.step
         self.plan.load(loaded.state["plan"], loaded.arrays)
         if self.distillation:
@@ -274,16 +265,24 @@ class Trainer:
             self.distillation.table.load_arrays(loaded.arrays)
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Settings that define the training's result; how it is spread over ranks is left out on purpose."""
-        free = {
-            "micro_batch_size",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "log_every",
-            "activation_checkpointing",
-        }
-        settings: dict[str, Any] = json.loads(self.job.model_dump_json(exclude=free))
-        return settings | {"seed": self.recipe.run.seed, "num_samples": len(self.samples)}
+        return settings(self.job, self.recipe.run.seed) | {"num_samples": len(self.samples)}
+
+
+def settings(job: JobConfig, seed: int) -> dict[str, Any]:
+    """Settings that define the training's result; how it is spread over ranks is left out on purpose."""
+    free = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "activation_checkpointing"}
+    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=free))
+    return values | {"seed": seed}
+
+
+def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """UserError with both values of every setting in which a job's checkpoint and the recipe differ."""
+    differs = [f"{k}: checkpoint {saved.get(k)!r}, recipe {v!r}" for k, v in ours.items() if saved.get(k) != v]
+    if differs:
+        raise UserError(
+            f"{job_dir}: this job was started with other settings.\n  " + "\n  ".join(differs) + "\n"
+            "Restore them, or train under another job name. Nothing was changed."
+        )
 
 
 def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
@@ -381,6 +380,16 @@ def _start_distributed() -> None:
     deepspeed.init_distributed()
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}. Nothing was started.") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, got {type(content).__name__}. Nothing was started.")
+    return content
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line of the training stage."""
     parser = argparse.ArgumentParser(prog="train.py", description=__doc__)
@@ -391,7 +400,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     path: Path = args.options.deepspeed_config
     if not path.is_file():
         raise ConfigError(f"{path}: no such DeepSpeed config; see ds_configs/. Nothing was started.")
+    ds_json = _read_json(path)
     if finished(recipe, name, job):
+        saved = checkpoint.latest(recipe.job_dir(name) / "checkpoints")
+        if saved is not None:
+            fingerprint = checkpoint.read_meta(saved)["state"]["fingerprint"]
+            refuse_other_settings(recipe.job_dir(name), fingerprint, settings(job, recipe.run.seed))
         print(f"job {name!r} is finished: {recipe.model_dir(f'jobs.{name}')}")
         return 0
     stop = StopFlag()
@@ -399,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _start_distributed()
     torch.manual_seed(recipe.run.seed)
     with only_one(recipe.job_dir(name), dist.get_rank()):
-        return Trainer(recipe, name, job, json.loads(path.read_text()), stop).run()
+        return Trainer(recipe, name, job, ds_json, stop).run()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,45 @@ def test_model_references_name_folders():
     assert recipe.model_dir("models.moe") == Path("/r/models/moe")
     assert recipe.model_dir("models.teacher") == Path("/big")
     assert recipe.model_dir("/any/folder") == Path("/any/folder")
+
+
+def test_a_typo_in_a_row_of_a_list_gets_a_hint(tmp_path):
+    path = write(tmp_path, "run: {dir: x}\nevaluation: {rows: [{name: a, model: /m, blnd: true}]}\n")
+    with pytest.raises(ConfigError, match=r"evaluation\.rows\.0\.blnd: unknown key; did you mean 'blind'\?"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"run: {dir: x", "not valid YAML"),
+        (b"run: {dir: \xff}", "not valid YAML"),
+        (b"- run", "a recipe is a mapping of sections, got list"),
+        (b"extends: 5", "`extends` names another recipe's file, got 5"),
+        (b"extends: other.yaml", "other.yaml: no such recipe"),
+        (b"run: {dir: x}\ntargets:\n", "targets: Input should be a valid dictionary"),
+        (b"run: {dir: x}\njobs: {a: {init: /m, steps: 1, lr: .inf}}", "jobs.a.lr: Input should be a finite number"),
+        (b"run: {dir: x}\njobs: {a: {init: /m, steps: 1, distill: {release_to: 0.1}}}", "release_to 0.1 lies before"),
+        (b"run: {dir: x}\njobs: {a: {init: /m, steps: 1, distill: {}}}", "targets.teacher: no such entry"),
+        (b"run: {dir: x}\nmodels: {m: {upcycle: {source: /s, top_k: 1}}}", "top_k 1 is not between 2 and experts 4"),
+        (b"run: {dir: x}\nmodels: {m: {upcycle: {source: /s, top_k: 5}}}", "top_k 5 is not between 2 and experts 4"),
+        (b"run: {dir: x}\nmodels: {m: {path: /a, upcycle: {source: /s}}}", "models.m: give exactly one of"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(path)
+
+
+def test_an_override_that_is_not_yaml_is_named():
+    with pytest.raises(ConfigError, match=r"^run\.seed=\[1: not valid YAML"):
+        load_recipe(DEMO, ["run.seed=[1"])
+
+
+def test_references_are_all_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(DEMO, ["jobs.clkd.init=jobs.nope", "targets.teacher=models.none", "job=gone"])
+    for part in ("3 problem(s)", "jobs.clkd.init", "targets.teacher", "no such job 'gone'"):
+        assert part in str(caught.value)

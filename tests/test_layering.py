@@ -35,6 +35,19 @@ def test_imports_point_upstream():
                 assert ORDER.index(name) < ORDER.index(path.stem), f"{path}: {path.stem} may not import {name}"
 
 
+def test_the_order_names_every_module_once_and_nothing_else():
+    assert sorted(ORDER) == sorted(p.stem for p in (ROOT / "pipeline").glob("*.py") if p.stem != "__init__")
+
+
+def test_imports_say_pipeline_by_name():
+    """What the test of the order reads are absolute imports of modules."""
+    for path in (ROOT / "pipeline").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+            assert not (isinstance(node, ast.Import) and any(a.name == "pipeline" for a in node.names)), path
+    assert not (ROOT / "pipeline" / "__init__.py").read_text()
+
+
 def test_only_the_training_side_sees_deepspeed():
     allowed = {"train", "engine_state", "moe"}
     for path in (ROOT / "pipeline").glob("*.py"):

@@ -35,6 +35,14 @@ def test_ranks_together_see_the_same_global_order(world):
     assert np.array_equal(np.stack(shares, 1).ravel(), np.arange(BATCH))
 
 
+@pytest.mark.parametrize(("world", "micro"), [(1, 8), (1, 2), (2, 4), (2, 2), (4, 2), (2, 1)])
+def test_each_share_is_cut_into_micro_batches_of_the_same_samples(world, micro):
+    for rank in range(world):
+        parts = curriculum.rank_share(BATCH, rank, world, micro)
+        assert [len(p) for p in parts] == [micro] * (BATCH // world // micro)
+        assert np.concatenate(parts).tolist() == list(range(rank, BATCH, world))
+
+
 @pytest.mark.parametrize("stop", range(1, 12))
 def test_resuming_at_any_step_gives_the_same_order(stop):
     whole = walk(make_plan(), make_table(), 12)

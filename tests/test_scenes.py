@@ -1,4 +1,5 @@
 import json
+import shutil
 from random import Random
 
 import pytest
@@ -8,7 +9,7 @@ from pipeline.data import read_samples
 from pipeline.errors import DataError
 from pipeline.scene_art import render
 from pipeline.scene_text import suggest
-from pipeline.scene_world import ACTIONS, decide, held_out_pairs, plan_scene
+from pipeline.scene_world import ACTIONS, HELD_OUT_COLOURS, HELD_OUT_WEATHER, decide, held_out_pairs, plan_scene
 from pipeline.scenes import write_scenes
 from pipeline.scoring import action, mention_f1, mentions, score_all, score_answer
 
@@ -37,6 +38,30 @@ def test_a_finished_split_is_left_alone_and_other_settings_are_refused(root):
     assert {p: p.stat().st_mtime_ns for p in root.rglob("*.jpg")} == before
     with pytest.raises(DataError, match="seed: on disk 0, recipe 1"):
         write_scenes(root, SMALL.model_copy(update={"seed": 1}))
+
+
+def test_an_interrupted_split_is_finished_with_the_same_bytes(root, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(root, copy)
+    for name in (".train.json", "slices.json", "train/images/0007.jpg", "CODA-LM/Train/train_0009.json"):
+        (copy / name).unlink()
+    (copy / "train" / "images" / "0008.jpg").write_bytes(b"half")
+    write_scenes(copy, SMALL)
+    assert contents(copy) == contents(root)
+
+
+def test_held_out_pairs_are_written_to_test_alone(root):
+    def pairs(split):
+        for path in (root / "CODA-LM" / split).glob("*.json"):
+            record = json.loads(path.read_text())
+            for thing in record["objects"]:
+                kind = thing["category_name"]
+                yield (kind, record["weather"])
+                yield (kind, thing["words"][0])
+
+    held_out = {*HELD_OUT_COLOURS, *HELD_OUT_WEATHER}
+    assert not held_out & {*pairs("Train"), *pairs("val")}
+    assert held_out & set(pairs("Test"))
 
 
 def test_reads_back_as_coda_lm_with_all_three_tasks(root):
