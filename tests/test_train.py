@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint
+from pipeline.models import weights_hash
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -70,9 +71,22 @@ def weights(run, job="clkd"):
     return dict(checkpoint.read_parameters(checkpoint.latest(run / "jobs" / job / "checkpoints")))
 
 
-def losses(run):
+def metrics(run, key):
     lines = (run / "jobs" / "clkd" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line)[key] for line in lines]
+
+
+def losses(run):
+    return metrics(run, "loss")
+
+
+def saved_step(run):
+    return int(checkpoint.latest(run / "jobs" / "clkd" / "checkpoints").name.split("-")[1])
+
+
+def last_order(run):
+    """Table indices of the last window that the job planned."""
+    return load_file(checkpoint.latest(run / "jobs" / "clkd" / "checkpoints") / "arrays.safetensors")["plan/order"]
 
 
 @pytest.fixture(scope="module")
@@ -108,27 +122,29 @@ def uninterrupted(prepared, tmp_path_factory):
     return copy
 
 
-def interrupt(run, after, **options):
-    """Start the job, send SIGTERM to the launcher when a step was logged, and wait for its end."""
+def interrupt(run, after, ranks=2, number=signal.SIGTERM):
+    """Start the job, signal the launcher (one rank: the job itself) when a step was logged: the exit status."""
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()] if ranks == 2 else []
+    ds = ("cpu_smoke" if ranks == 2 else "dense", 4 // ranks)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port(), "train.py",
-        "--deepspeed_config", "ds_configs/cpu_smoke.json", "--config", str(run / "recipe.yaml"), "job=clkd",
+        sys.executable, *launch, "train.py", "--deepspeed_config", f"ds_configs/{ds[0]}.json",
+        "--config", str(run / "recipe.yaml"), "job=clkd", f"jobs.clkd.micro_batch_size={ds[1]}",
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = run / "jobs" / "clkd" / "metrics.jsonl"
+    path = run / "jobs" / "clkd" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= after):
+    while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") >= after):
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) != 0
+    process.send_signal(number)
+    status = process.wait(120)
+    assert status != 0
+    return status
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(run, uninterrupted):
     interrupt(run, after=2)
-    saved = checkpoint.latest(run / "jobs" / "clkd" / "checkpoints")
-    assert saved is not None
-    assert 2 <= int(saved.name.split("-")[1]) < STEPS
+    assert 2 <= saved_step(run) < STEPS
     train(run)
     whole, resumed = weights(uninterrupted), weights(run)
     assert whole.keys() == resumed.keys()
@@ -136,13 +152,24 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, uninterrupted):
     assert losses(run) == losses(uninterrupted)
 
 
+def test_a_signalled_process_ends_with_85_and_goes_on(run):
+    assert interrupt(run, after=1, ranks=1, number=signal.SIGUSR1) == 85
+    first = saved_step(run)
+    assert interrupt(run, after=first + 1, ranks=1, number=signal.SIGTERM) == 85
+    assert 1 <= first < saved_step(run) < STEPS
+    assert metrics(run, "step") == list(range(1, saved_step(run) + 1))
+    assert not (run / "jobs" / "clkd" / "model").exists()
+
+
 def test_two_ranks_with_expert_parallelism_equal_one_process(run, uninterrupted):
     sgd = {"jobs.clkd.optimizer": "sgd", "jobs.clkd.lr": 0.5, "jobs.clkd.router": "{balance: 0.01, z: 0.001}"}
     train(run, ds="dense", ranks=1, **sgd, **{"jobs.clkd.micro_batch_size": 4})
-    one = weights(run), losses(run)
+    one, order = (weights(run), losses(run)), last_order(run)
+    assert min(metrics(run, "grad_norm")) > 0.1  # clipping is active in every step
     shutil.rmtree(run / "jobs" / "clkd")
     train(run, ds="cpu_smoke", ranks=2, **sgd)
     two = weights(run), losses(run)
+    assert torch.equal(last_order(run), order)
     assert two[1] == pytest.approx(one[1], rel=1e-5)
     for name, tensor in one[0].items():
         torch.testing.assert_close(two[0][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
@@ -152,6 +179,7 @@ def test_two_ranks_resume_on_one(run, uninterrupted):
     interrupt(run, after=2)
     train(run, ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    assert torch.equal(last_order(run), last_order(uninterrupted))
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run):
@@ -167,12 +195,48 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run):
     assert checkpoint.latest(run / "jobs" / "clkd" / "checkpoints") is None
 
 
-def test_a_store_of_another_temperature_is_refused_with_both_values(run):
-    done = train(run, ranks=1, ds="dense", check=False, **{"targets.temperature": 2.0})
-    assert done.returncode != 0
-    assert "temperature" in done.stderr
-    assert "1.0" in done.stderr
-    assert "2.0" in done.stderr
+def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
+    burst = {"jobs.clkd.lr": 1e30, "jobs.clkd.checkpoint_every": 1, "jobs.clkd.micro_batch_size": 4}
+    done = train(run, ranks=0, ds="dense", check=False, **burst)
+    assert done.returncode == 2
+    last = checkpoint.latest(run / "jobs" / "clkd" / "checkpoints")
+    assert last is not None
+    assert f"the last checkpoint is {last.name}" in done.stderr
+    checkpoint.verify(last)
+    assert all(bool(t.isfinite().all()) for _, t in checkpoint.read_parameters(last))
+    assert not (run / "jobs" / "clkd" / "model").exists()
+
+
+def refused(run, field, *values, **options):
+    done = train(run, ranks=0, ds="dense", check=False, **options)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert field in done.stderr
+    for value in values:
+        assert str(value) in done.stderr
+    assert not (run / "jobs" / "clkd" / "checkpoints").exists()
+
+
+def test_a_store_of_another_origin_is_refused_with_both_values(run):
+    refused(run, "temperature", 1.0, 2.0, **{"targets.temperature": 2.0})
+    trained, untrained = (weights_hash(run / p) for p in ("jobs/teacher/model", "models/small"))
+    refused(run, "teacher_weights", trained, untrained, **{"targets.teacher": "models.small"})
+    stage(run, "-m", "pipeline.tokenizer", **{
+        "run.dir": run / "other", "data.root": run / "data", "tokenizer.vocab_size": 380})  # fmt: skip
+    refused(run, "processor_tokenizer", **{"tokenizer.path": run / "other" / "processor"})
+
+
+def test_an_empty_answer_is_refused_by_its_record_before_anything_starts(run):
+    path = run / "data" / "CODA-LM" / "Train" / "train_0003.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"driving_suggestion": " "}))
+    shutil.rmtree(run / "jobs" / "teacher")
+    for done in (
+        train(run, "teacher", ranks=0, ds="dense", check=False),
+        stage(run, "-m", "pipeline.teacher", check=False),
+    ):
+        assert done.returncode == 2
+        assert "train_0003.json, driving_suggestion" in done.stderr
+        assert "empty answer" in done.stderr
 
 
 def test_a_truncated_shard_is_refused(run):
@@ -201,6 +265,16 @@ def test_changed_settings_do_not_continue_another_job(run):
     done = train(run, check=False, **{"jobs.clkd.lr": 0.02})
     assert done.returncode != 0
     assert "lr: checkpoint 0.01, recipe 0.02" in done.stderr
+
+
+def test_a_finished_job_is_left_alone_and_other_settings_are_refused(uninterrupted):
+    path = uninterrupted / "jobs" / "clkd" / "model" / "export.json"
+    before = path.stat().st_mtime_ns
+    assert "is finished" in train(uninterrupted, ranks=0, ds="dense").stdout
+    done = train(uninterrupted, ranks=0, ds="dense", check=False, **{"jobs.clkd.lr": 0.02})
+    assert done.returncode == 2
+    assert "lr: checkpoint 0.01, recipe 0.02" in done.stderr
+    assert path.stat().st_mtime_ns == before
 
 
 def test_the_chain_goes_on_after_kill_9(run, uninterrupted):
