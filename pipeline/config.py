@@ -13,12 +13,21 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[int, Field(ge=1)]
+
+def _no_truth_value(value: Any) -> Any:
+    """YAML reads `no` and `on` as truth values, which pydantic would take for 0 and 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"a number is wanted, got the truth value {value} (YAML reads yes, no, on and off as such)")
+    return value
+
+
+Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
+Seed = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
 class Section(BaseModel):
@@ -32,7 +41,7 @@ class RunConfig(Section):
 
     dir: Path
     """Folder that receives every file of the run."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, sampling and drawing."""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; `medium` lets CPUs with AMX and GPUs multiply in bf16."""
@@ -49,7 +58,7 @@ class ScenesConfig(Section):
     """Images of the val split."""
     test: Positive = 200
     """Images of the Test split."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the scenes; the same seed draws the same bytes."""
     width: Positive = 320
     """Image width in pixels."""
@@ -82,7 +91,7 @@ class DataConfig(Section):
     """Largest image area the vision tower sees; larger images are scaled down."""
     max_length: Positive = 512
     """Longest sequence in tokens, image tokens included. Longer samples are refused by name."""
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)] = 0
     """DataLoader workers per rank."""
 
 
@@ -129,11 +138,11 @@ class UpcycleConfig(Section):
     """Experts per token. 1 is refused: with renormalised weights it gives the router no task gradient."""
     every: Positive = 2
     """Every n-th decoder layer becomes an MoE layer (the 2nd, 4th, ... for 2)."""
-    expert_width: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    expert_width: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 1.0
     """Width of an expert as a share of the dense MLP's; below 1: fine-grained, columns drawn per expert."""
-    router_noise: Annotated[float, Field(ge=0.0)] = 0.02
+    router_noise: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.02
     """Standard deviation of the router's initial weights."""
-    expert_noise: Annotated[float, Field(ge=0.0)] = 0.02
+    expert_noise: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.02
     """Relative noise on each expert copy: identical copies leave the router without gradient."""
 
 
@@ -167,9 +176,9 @@ class TargetsConfig(Section):
     """Model reference of the teacher."""
     store: Path | None = None
     """Store folder; None: `<run.dir>/store`."""
-    top_k: Annotated[int, Field(ge=1, le=256)] = 32
+    top_k: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=256)] = 32
     """Teacher entries kept per answer token."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
     """Softmax temperature the targets are made at; it cannot be changed afterwards."""
     shard_samples: Positive = 512
     """Samples per shard."""
@@ -190,13 +199,13 @@ class DistillConfig(Section):
     """t0: share of training at which release begins."""
     release_to: Fraction = 0.9
     """t1: share of training at which release ends."""
-    hardness_delay: Annotated[float, Field(ge=0.0)] = 0.15
+    hardness_delay: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.15
     """eta: how much later the hardest sample is released, as a share of t1 - t0."""
     gate: bool = True
     """rho: do not chase tokens that the teacher itself gets wrong."""
-    gate_scale: Annotated[float, Field(gt=0.0)] = 1.0
+    gate_scale: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
     """s in nats: softness of the gate."""
-    token_tilt: Annotated[float, Field(ge=0.0)] = 1.0
+    token_tilt: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
     """Size of beta on tokens: 0 turns the token granularity of H2G off."""
 
     @model_validator(mode="after")
@@ -209,11 +218,11 @@ class DistillConfig(Section):
 class CurriculumConfig(Section):
     """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
 
-    competence_start: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    competence_start: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.3
     """c0: share of samples eligible at the start, easiest first."""
-    competence_until: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    competence_until: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.5
     """tau_g: share of training at which all samples are eligible."""
-    tilt: Annotated[float, Field(ge=0.0)] = 1.0
+    tilt: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
     """Size of beta on samples: 0 draws eligible samples uniformly."""
     window_steps: Positive = 50
     """R: optimizer steps per planned window."""
@@ -230,18 +239,18 @@ class HardnessConfig(Section):
     """mu: weight of the past in D_i."""
     tail_weight: Fraction = 0.5
     """k: weight of the hardest tokens' mean against the plain mean."""
-    tail_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    tail_share: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.2
     """Share of a sample's tokens that counts as its hardest."""
-    half_life_epochs: Annotated[float, Field(gt=0.0)] = 1.0
+    half_life_epochs: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
     """Epochs after which an unvisited entry has relaxed half-way to its stratum's mean."""
 
 
 class RouterConfig(Section):
     """Router losses, per MoE layer, padding excluded."""
 
-    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    balance: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.01
     """l_b: weight of the load-balance loss."""
-    z: Annotated[float, Field(ge=0.0)] = 1e-3
+    z: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1e-3
     """l_z: weight of the router z-loss."""
 
 
@@ -256,7 +265,7 @@ class JobConfig(Section):
     """Samples per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: Positive = 16
     """Samples per forward on one rank."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1e-3
     """Peak learning rate."""
     min_lr_share: Fraction = 0.05
     """Learning rate at the end, as a share of the peak (cosine)."""
@@ -264,12 +273,12 @@ class JobConfig(Section):
     """Share of steps with linear warm-up."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0
+    weight_decay: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.01
+    grad_clip: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     trainable: Literal["all", "mlp_and_router", "language"] = "all"
     """Which parameters train."""
-    vision_words: Annotated[float, Field(ge=0.0)] = 0.0
+    vision_words: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.0
     """Weight of the word alignment of image tokens (`pipeline.vision`), for random weights on the embedded scenes."""
     activation_checkpointing: bool = False
     distill: DistillConfig | None = None

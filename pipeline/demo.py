@@ -87,11 +87,11 @@ def run(stages: Sequence[Stage], run_dir: Path) -> None:
                 f"stage {stage.name!r} ended with status {status}: {shown}\nIts own message is above. What is finished "
                 "is kept; the same command goes on from here."
             )
-    print(f"\ntotal {sum(durations.seconds.values()):.0f} s over all starts; report: {run_dir / 'report.html'}")
+    print(f"\ntotal {sum(durations.seconds.values()):.0f} s in finished stages; report: {run_dir / 'report.html'}")
 
 
 class _Durations:
-    """Seconds spent per stage, summed over restarts, in a JSON file."""
+    """Seconds per stage in a JSON file, summed over restarts; a stage that was killed with the chain leaves none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -34,7 +34,6 @@ class CellWords:
 
     def __init__(self, processor: Processor) -> None:
         self.processor = processor
-        self.cell_pixels = processor.image_processor.patch_size * processor.image_processor.merge_size
 
     def targets(self, sample: Sample, grid_13: Tensor) -> Tensor:
         """f32[C, V]: equal shares over the words of what each cell shows; the weather where it shows no object.

@@ -33,7 +33,7 @@ def test_unknown_key_inside_a_named_job_gets_a_hint(tmp_path):
 
 
 def test_all_problems_are_reported_together(tmp_path):
-    path = write(tmp_path, "run: {dir: x, seed: soon}\ntargets: {top_k: 0}\ndata: {format: parquet}\n")
+    path = write(tmp_path, "run: {dir: x, seed: no}\ntargets: {top_k: 0}\ndata: {format: parquet}\n")
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
     for part in ("3 problem(s)", "run.seed", "targets.top_k", "data.format"):

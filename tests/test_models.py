@@ -132,7 +132,9 @@ def test_saved_folder_loads_with_transformers_alone(model, processor, encoded, f
     plain = AutoModelForImageTextToText.from_pretrained(str(folder)).eval()
     expected = logits(model, encoded, processor)
     assert torch.equal(logits(plain, encoded, processor), expected)
-    ours = logits(models.load_model(folder), encoded, processor)  # patches by matrix product: other rounding
+    loaded = models.load_model(folder)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), plain.parameters(), strict=True))
+    ours = logits(loaded, encoded, processor)  # patches by matrix product: other rounding
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     text = "There is a zebra <|im_end|>\n— 12 m ahead."
     assert AutoTokenizer.from_pretrained(str(folder))(text) == processor.tokenizer(text)
