@@ -7,17 +7,13 @@ Exit codes: 0 done; 2 refused, nothing lost; 85 checkpointed after SIGTERM or SI
 
 import argparse
 import contextlib
-import fcntl
 import json
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -35,25 +31,13 @@ from pipeline.losses import WeightNormaliser
 from pipeline.metrics import MetricsLogger
 from pipeline.plan import WindowPlan
 from pipeline.processor import Processor
+from pipeline.runtime import StopFlag, only_one, start_distributed
 from pipeline.step import StepContext, StepStats, run_step
 from pipeline.store import SoftTargetStore
 from pipeline.teacher import expected_identity
 from pipeline.vision import CellWords, VisionProbe
 
 EXIT_REQUEUE = 85
-LOCK_WAIT_S = 60.0
-
-
-class StopFlag:
-    """Set by SIGTERM and SIGUSR1; looked at once per step."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._raise)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
 
 
 @dataclass
@@ -335,51 +319,6 @@ def _per_token(stats: StepStats, waited: float, seconds: float) -> dict[str, Any
     return values
 
 
-@contextlib.contextmanager
-def only_one(job_dir: Path, rank: int) -> Iterator[None]:
-    """Hold the job's lock on rank 0; a run that is just ending gets a minute to let go."""
-    if rank:
-        yield
-        return
-    job_dir.mkdir(parents=True, exist_ok=True)
-    with (job_dir / "lock").open("a+") as file:
-        _lock(file, job_dir)
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
-
-
-def _lock(file: IO[str], job_dir: Path) -> None:
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.seek(0)
-                raise UserError(
-                    f"{job_dir}: another run of this job is going on (process {file.read()}). Wait for it or stop it. "
-                    "Nothing was changed."
-                ) from None
-            time.sleep(1.0)
-
-
-def _start_distributed() -> None:
-    """Join the launcher's group, or form a group of one when started without a launcher."""
-    alone = {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }
-    if "RANK" not in os.environ:
-        os.environ.update(alone)
-    deepspeed.init_distributed()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
@@ -410,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     stop = StopFlag()
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
-    _start_distributed()
+    start_distributed()
     torch.manual_seed(recipe.run.seed)
     with only_one(recipe.job_dir(name), dist.get_rank()):
         return Trainer(recipe, name, job, ds_json, stop).run()

@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors config data scene_world scene_brush scene_sprites scene_art scene_text scenes scoring tokenizer processor "
     "vision targets shards store losses models hf_folder teacher hardness curriculum plan moe student engine_state "
-    "checkpoint export metrics batches step train experts generate latency results evaluate report_plots report_data "
-    "report demo"
+    "checkpoint export metrics batches step runtime train experts generate latency results evaluate report_plots "
+    "report_data report demo"
 ).split()
 
 
@@ -49,7 +49,7 @@ def test_imports_say_pipeline_by_name():
 
 
 def test_only_the_training_side_sees_deepspeed():
-    allowed = {"train", "engine_state", "moe"}
+    allowed = {"train", "runtime", "engine_state", "moe"}
     for path in (ROOT / "pipeline").glob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
