@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from pipeline.config import Recipe, parse_args
 from pipeline.errors import UserError, run_main
 
 PR_SET_PDEATHSIG = 1
+POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One command of the chain."""
+    """One step of the chain: a command, or several that run at once."""
 
     name: str
-    command: tuple[str, ...]
+    commands: tuple[tuple[str, ...], ...]
     processes: int = 1
     """Processes that share this machine's cores."""
 
@@ -46,8 +47,10 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
     stages: dict[str, Stage] = {}
 
     def add(name: str, *command: str) -> None:
-        processes = ranks if command[: len(launcher)] == launcher else 1
-        stages.setdefault(name, Stage(name, (*command, *recipe_args), processes))
+        stages.setdefault(name, Stage(name, ((*command, *recipe_args),)))
+
+    def add_shared(name: str, *commands: tuple[str, ...]) -> None:
+        stages.setdefault(name, Stage(name, tuple((*c, *recipe_args) for c in commands), ranks))
 
     if recipe.data.root is None:
         add("scenes", *python, "pipeline.scenes")
@@ -58,9 +61,10 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
         if job.init.startswith("models.") and recipe.models[model].path is None:
             add(f"model {model}", *python, "pipeline.student", "--model", model)
         if job.distill or job.curriculum:
-            add("teacher", *python, "pipeline.teacher")
+            workers = [(*python, "pipeline.teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
+            add_shared("teacher", *workers)
             add("hardness", *python, "pipeline.hardness")
-        add(f"train {name}", *launcher, "train.py", "--deepspeed_config", str(ds_config), f"job={name}")
+        add_shared(f"train {name}", (*launcher, "train.py", "--deepspeed_config", str(ds_config), f"job={name}"))
     if recipe.evaluation.rows:
         add("evaluate", *python, "pipeline.evaluate")
         last = recipe.evaluation.rows[-1].model
@@ -77,17 +81,52 @@ def run(stages: Sequence[Stage], run_dir: Path) -> None:
     for position, stage in enumerate(stages, 1):
         print(f"\n[{position}/{len(stages)}] {stage.name}", flush=True)
         started = time.monotonic()
-        status = subprocess.run(
-            stage.command, env=_environment(stage.processes), preexec_fn=_die_with_parent
-        ).returncode
+        failed = _run_together(stage)
         durations.add(stage.name, time.monotonic() - started)
-        if status:
-            shown = " ".join(stage.command)
+        if failed is not None:
+            status, shown = failed[0], " ".join(failed[1])
             raise UserError(
                 f"stage {stage.name!r} ended with status {status}: {shown}\nIts own message is above. What is finished "
                 "is kept; the same command goes on from here."
             )
     print(f"\ntotal {sum(durations.seconds.values()):.0f} s in finished stages; report: {run_dir / 'report.html'}")
+
+
+def _run_together(stage: Stage) -> tuple[int, tuple[str, ...]] | None:
+    """Run the stage's commands to their end; status and command of the first that failed, after which the rest end."""
+    running = {}
+    for number, command in enumerate(stage.commands):
+        environment = _environment(stage.processes) | (_one_of_many(number) if len(stage.commands) > 1 else {})
+        running[subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)] = command
+    failed = None
+    try:
+        while running:
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                command = running.pop(process)
+                if process.returncode and failed is None:
+                    failed = process.returncode, command
+                    _end(running)
+            if not ended:
+                time.sleep(POLL_S)
+    finally:  # interrupted: training writes its checkpoint before the prompt comes back
+        _end(running)
+        for process in running:
+            process.wait()
+    return failed
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+
+
+def _one_of_many(number: int) -> dict[str, str]:
+    """Each worker its own GPU, where there are any; the first one shows its progress for all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else []
+    own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)] if gpus else str(number)}
+    return own | ({"TQDM_DISABLE": "1"} if number else {})
 
 
 class _Durations:

@@ -58,7 +58,8 @@ class Evaluation:
         self.recipe, self.rows, self.settings = recipe, recipe.evaluation.rows, recipe.evaluation
         self.device = _device(recipe)
         self.folder = recipe.run.dir / "evaluation"
-        self.slugs = _slugs(self.rows)
+        self.baselines = _baselines(self.rows)
+        self.slugs = _slugs([*self.rows, *(row for row in self.baselines.values() if row not in self.rows)])
         self.weights = _weights(recipe, self.rows)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
         self.samples = questions(recipe)
@@ -209,9 +210,10 @@ def evaluate(recipe: Recipe) -> Json:
     """
     evaluation = Evaluation(recipe)
     answered = [evaluation.answer(row) for row in evaluation.rows]
+    blind = {model: evaluation.answer(row).scores for model, row in evaluation.baselines.items()}
     timings, settings = evaluation.timings()
     speeds = latency.summarise(timings, reference=evaluation.rows[0].model)
-    rows = [_table_row(entry, evaluation.slugs[entry.row.name], speeds[entry.row.model]) for entry in answered]
+    rows = [_table_row(a, blind[a.row.model], evaluation.slugs[a.row.name], speeds[a.row.model]) for a in answered]
     measured = results.bars(rows)
     content: Json = {
         "rows": [asdict(row) for row in rows],
@@ -228,7 +230,7 @@ def evaluate(recipe: Recipe) -> Json:
     return content
 
 
-def _table_row(answered: Answered, slug: str, speed: latency.Latency) -> results.Row:
+def _table_row(answered: Answered, blind: Scores, slug: str, speed: latency.Latency) -> results.Row:
     row, scores = answered.row, answered.scores
     return results.Row(
         name=row.name,
@@ -237,6 +239,8 @@ def _table_row(answered: Answered, slug: str, speed: latency.Latency) -> results
         blind=row.blind,
         regular=scores.get("regular", {}).get("mean"),
         corner=scores.get("corner", {}).get("mean"),
+        blind_regular=blind.get("regular", {}).get("mean"),
+        blind_corner=blind.get("corner", {}).get("mean"),
         scores=scores,
         params_total=answered.params[0],
         params_active=answered.params[1],
@@ -256,6 +260,14 @@ def _record(sample: Sample, prediction: str) -> Json:
         "gold": sample.answer,
         "prediction": prediction,
     }
+
+
+def _baselines(rows: Sequence[EvaluationRow]) -> dict[str, EvaluationRow]:
+    """The blind row of every model: the recipe's own where it has one."""
+    own = {row.model: row for row in rows if row.blind}
+    first = {row.model: row for row in reversed(rows)}
+    made = {m: EvaluationRow(name=f"{row.name}, blind", model=m, blind=True) for m, row in first.items()}
+    return made | own
 
 
 def _slugs(rows: Sequence[EvaluationRow]) -> dict[str, str]:

@@ -152,7 +152,8 @@ def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
 def _scores_figure(results: Results) -> Markup:
     if not results.rows:
         raise Missing("There are no scores to draw.")
-    return Markup(plots.score_bars([(row.name, row.regular, row.corner) for row in results.rows]))
+    rows = [plots.ScoreRow(r.name, r.regular, r.corner, r.blind_regular, r.blind_corner) for r in results.rows]
+    return Markup(plots.score_bars(rows))
 
 
 def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:

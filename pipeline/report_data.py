@@ -44,6 +44,8 @@ class ResultRow(_Lenient):
     blind: bool = False
     regular: float | None = None
     corner: float | None = None
+    blind_regular: float | None = None
+    blind_corner: float | None = None
     scores: dict[str, dict[str, float]] = {}
     params_total: int | None = None
     params_active: int | None = None

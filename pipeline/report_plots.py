@@ -109,28 +109,46 @@ def job_colours(count: int) -> list[str]:
     return [_JOB_COLOURS[i % len(_JOB_COLOURS)] for i in range(count - 1)] + [ACCENT] * (count > 0)
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One model's scores in [0, 1], with and without the image; None: not measured."""
+
+    name: str
+    regular: float | None
+    corner: float | None
+    blind_regular: float | None
+    blind_corner: float | None
+
+
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
-def score_bars(rows: Sequence[tuple[str, float | None, float | None]]) -> str:
-    """Horizontal bars of (name, regular, corner), scores in [0, 1]; the first row's scores continue as dotted lines."""
+def score_bars(rows: Sequence[ScoreRow]) -> str:
+    """Horizontal bars of each row's scores, in [0, 1], with a mark where the same model stands without the image.
+
+    The first row's scores continue as dotted lines.
+    """
     figure, (axes,) = _figure(1, height=0.62 * len(rows) + 0.8)
-    columns = {"regular": [row[1] for row in rows], "corner": [row[2] for row in rows]}
-    for offset, (part, values) in enumerate(columns.items()):
+    for offset, part in enumerate(("regular", "corner")):
+        values = [row.regular if part == "regular" else row.corner for row in rows]
+        blind = [row.blind_regular if part == "regular" else row.blind_corner for row in rows]
         y = np.arange(len(rows)) + (offset - 0.5) * 0.36
         axes.barh(y, [v or 0.0 for v in values], height=0.32, color=SLICE_COLOURS[part], label=part)
+        marks = [float("nan") if v is None else v for v in blind]
+        axes.plot(marks, y, linestyle="", marker="|", markersize=11, markeredgewidth=2, color=INK,
+                  label=None if offset else "without the image")  # fmt: skip
         for place, value in zip(y, values, strict=True):
             text = "not measured" if value is None else f"{100 * value:.1f}"
             axes.text((value or 0.0) + 0.006, place, text, va="center", fontsize=8.5, color=MUTED, bbox=_HALO)
         first = values[0] if values else None
         if first is not None:
             axes.axvline(first, color=SLICE_COLOURS[part], linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK, fontsize=10)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.06)
     axes.set_xticks(np.linspace(0, 1, 6))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=2, handlelength=1.0)
+    figure.legend(loc="outside upper left", ncols=3, handlelength=1.0)
     return _svg(figure, "scores", "Scores on regular and corner samples, one pair of bars per model")
 
 

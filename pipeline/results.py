@@ -15,8 +15,8 @@ BLIND_TARGET = 2.0
 QUALITY_TARGET = 0.95
 SPEED_TARGET = 2.0
 _PACKAGES = ("torch", "transformers", "deepspeed")
-_HEADS = ("model", "regular", "corner", "ROUGE-L reg", "ROUGE-L cor", "active / total", "TTFT ms", "ms/token", "e2e ms",
-          "speed-up")  # fmt: skip
+_HEADS = ("model", "regular", "corner", "(blind)", "(blind)", "ROUGE-L reg", "ROUGE-L cor", "active / total", "TTFT ms",
+          "ms/token", "e2e ms", "speed-up")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,9 @@ class Row:
     regular: float | None
     """Mean over tasks of the objective score on regular samples, in [0, 1]; None: no such samples."""
     corner: float | None
+    blind_regular: float | None
+    """The same model's score with the image blanked: what the question alone gives away."""
+    blind_corner: float | None
     scores: Mapping[str, Mapping[str, float]]
     """By slice: every task's score, `mean`, `rouge_l` (a proxy), `n`."""
     params_total: int
@@ -55,23 +58,20 @@ class Bar:
 
 
 def bars(rows: Sequence[Row]) -> list[Bar]:
-    """The demo's five bars. The first row is the teacher, a blind row of the same model its baseline, the last row the
-    CLKD student.
+    """The demo's five bars. The first row is the teacher, the last row the CLKD student.
 
     Args:
         rows: the table in order, at least one row.
     """
     teacher, student = rows[0], rows[-1] if len(rows) > 1 and not rows[-1].blind else None
-    blind = next((row for row in rows if row.blind and row.model == teacher.model), None)
-    quality = [
-        _bar(f"{name}_{part}", _score(above, part), _score(below, part), target)
-        for name, above, below, target in (
-            ("teacher_vs_blind", teacher, blind, BLIND_TARGET),
-            ("clkd_vs_teacher", student, teacher, QUALITY_TARGET),
-        )
-        for part in ("regular", "corner")
+    seen = {"regular": teacher.regular, "corner": teacher.corner}
+    blind = {"regular": teacher.blind_regular, "corner": teacher.blind_corner}
+    learned = {"regular": student.regular, "corner": student.corner} if student else {}
+    return [
+        *(_bar(f"teacher_vs_blind_{part}", seen[part], blind[part], BLIND_TARGET) for part in seen),
+        *(_bar(f"clkd_vs_teacher_{part}", learned.get(part), seen[part], QUALITY_TARGET) for part in seen),
+        _bar("clkd_speedup", student.speedup_vs_teacher if student else None, 1.0, SPEED_TARGET),
     ]
-    return [*quality, _bar("clkd_speedup", student.speedup_vs_teacher if student else None, 1.0, SPEED_TARGET)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -109,12 +109,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _score(row: Row | None, part: str) -> float | None:
-    if row is None:
-        return None
-    return row.regular if part == "regular" else row.corner
-
-
 def _bar(name: str, above: float | None, below: float | None, target: float) -> Bar:
     if above is None or below is None:
         return Bar(name, None, target, False)
@@ -132,7 +126,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     rouge = [row.scores.get(part, {}).get("rouge_l") for part in ("regular", "corner")]
     return (
         row.name,
-        *map(_percent, (row.regular, row.corner, *rouge)),
+        *map(_percent, (row.regular, row.corner, row.blind_regular, row.blind_corner, *rouge)),
         f"{row.params_active / 1e6:.2f} / {row.params_total / 1e6:.2f} M",
         f"{row.ttft_ms:.1f}",
         f"{row.tpot_ms:.2f}",

@@ -19,7 +19,7 @@ CAMERA_M = 2.2
 HORIZON = 0.42
 """Share of the image above the horizon."""
 LANE_M = 3.5
-POST_M = 5.5
+POST_M = 5.4
 SUPERSAMPLE = 2
 _DEPTHS = [3.0 * 1.14**i for i in range(30)]
 
@@ -78,7 +78,7 @@ class _View:
 
     def project(self, x: float, z: float) -> tuple[float, float]:
         """Pixel of a point of the ground; the road bends sideways with the square of the depth."""
-        bend = 0.004 * self.scene.bend * z * z
+        bend = 0.003 * self.scene.bend * z * z
         return self.width / 2 + self.focal * (x + bend) / z, self.horizon + self.focal * CAMERA_M / z
 
     def tone(self, depth: float) -> Tone:

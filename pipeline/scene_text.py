@@ -7,27 +7,28 @@ from typing import Any
 from pipeline.scene_art import Box
 from pipeline.scene_world import GROUPS, Scene, Thing, decide, pick_regions
 
-QUESTIONS: dict[str, tuple[str, ...]] = {
+QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "general": (
-        "Describe the road users and objects that affect the ego car.",
-        "What is in front of the ego car that matters for driving?",
-        "List every object on and beside the road that the driver should know.",
-        "There is an image of traffic. Which objects influence the driving?",
-        "Look at the road ahead and name what the driver must watch.",
+        ("Describe the road users and objects that affect the ego car.", "by class"),
+        ("What is in front of the ego car that matters for driving?", "plain"),
+        ("List every object on and beside the road that the driver should know.", "by class"),
+        ("There is an image of traffic. Which objects influence the driving?", "by class"),
+        ("Look at the road ahead and name what the driver must watch.", "plain"),
     ),
     "region": (
-        "What is the object inside the red rectangle?",
-        "Describe the object in the red box and why it matters.",
-        "Which object does the red rectangle mark?",
-        "Tell what the red box shows and how it affects the ego car.",
+        ("What is the object inside the red rectangle?", "name"),
+        ("Describe the object in the red box and why it matters.", "sentence"),
+        ("Which object does the red rectangle mark?", "name"),
+        ("Tell what the red box shows and how it affects the ego car.", "sentence"),
     ),
     "suggestion": (
-        "What should the ego car do now?",
-        "Give a driving suggestion for this scene.",
-        "How should the driver act in this situation?",
-        "Which action is right for the ego car here?",
+        ("What should the ego car do now?", "action first"),
+        ("Give a driving suggestion for this scene.", "action first"),
+        ("How should the driver act in this situation?", "reason first"),
+        ("Which action is right for the ego car here?", "reason first"),
     ),
 }
+"""(question, wording of its answer) by task."""
 GROUP_TITLES = {group: group.replace("_", " ") for group in GROUPS}
 _WHERE = {"left": "on the left", "ahead": "ahead", "right": "on the right"}
 _ARTICLES = {"overturned truck": "an", "tyre debris": "some", "fallen cargo": "some"}
@@ -43,26 +44,35 @@ _WHY = {
 def record(scene: Scene, boxes: Sequence[Box], size: tuple[int, int], rng: Random) -> dict[str, Any]:
     """A CODA-LM record of the scene, with this layout's extra `question` keys."""
     regions = pick_regions(rng, scene.things)
+    asked, wording = rng.choice(QUESTIONS["general"])
+    asked_action, action_wording = rng.choice(QUESTIONS["suggestion"])
     return {
         "general_perception": {
             **{group: _group_entries(scene, group, rng) for group in GROUPS},
-            "description and explanation": describe(scene),
-            "question": rng.choice(QUESTIONS["general"]),
+            "description and explanation": describe(scene, wording),
+            "question": asked,
         },
         "region_perception": {
-            str(number): {
-                "description and explanation": f"{_name(thing)} {_place(thing)}, {rng.choice(_WHY[thing.role])}.",
-                "box": list(boxes[scene.things.index(thing)]),
-                "category_name": thing.kind,
-                "question": rng.choice(QUESTIONS["region"]),
-            }
+            str(number): _region(thing, boxes[scene.things.index(thing)], rng)
             for number, thing in enumerate(regions, 1)
         },
-        "driving_suggestion": suggest(scene),
-        "driving_suggestion_question": rng.choice(QUESTIONS["suggestion"]),
+        "driving_suggestion": suggest(scene, action_wording),
+        "driving_suggestion_question": asked_action,
         "weather": scene.weather,
         "size": list(size),
         "objects": [_object(scene.things[i], boxes[i]) for i in _far_to_near(scene)],
+    }
+
+
+def _region(thing: Thing, box: Box, rng: Random) -> dict[str, Any]:
+    asked, wording = rng.choice(QUESTIONS["region"])
+    why = rng.choice(_WHY[thing.role])
+    named = f"{_name(thing)} {_place(thing)}"
+    return {
+        "description and explanation": f"{named}, {why}." if wording == "name" else f"the box shows {named}: {why}.",
+        "box": list(box),
+        "category_name": thing.kind,
+        "question": asked,
     }
 
 
@@ -76,8 +86,10 @@ def _object(thing: Thing, box: Box) -> dict[str, Any]:
     return {"category_name": thing.kind, "words": words, "box": list(box)}
 
 
-def describe(scene: Scene) -> str:
-    """Every object in class order, then the weather."""
+def describe(scene: Scene, wording: str) -> str:
+    """Every object in class order, then the weather; `by class` with the classes' names, `plain` as one sentence."""
+    if wording == "plain":
+        return f"I see {', '.join(f'{_name(t)} {_place(t)}' for t in scene.things)}; the weather is {scene.weather}."
     parts = []
     for group in GROUPS:
         members = [f"{_name(t)} {_place(t)}" for t in scene.things if t.group == group]
@@ -86,15 +98,18 @@ def describe(scene: Scene) -> str:
     return " ".join([*parts, f"weather: {scene.weather}."])
 
 
-def suggest(scene: Scene) -> str:
-    """The rules' action first, then the reason."""
+def suggest(scene: Scene, wording: str) -> str:
+    """The rules' action and its reason, in the order that `wording` says (`action first`, `reason first`)."""
     decision = decide(scene)
-    cause = decision.cause
-    if cause is not None:
-        return f"{decision.action}, because there is {_name(cause)} {_place(cause)}."
-    if decision.action == "keep speed":
-        return "keep speed, because our lane is free."
-    return f"{decision.action}, because of the {scene.weather}."
+    if decision.cause is not None:
+        reason = f"there is {_name(decision.cause)} {_place(decision.cause)}"
+    elif decision.action == "keep speed":
+        reason = "our lane is free"
+    else:
+        reason = f"the weather is {scene.weather}"
+    if wording == "reason first":
+        return f"{reason}, so {decision.action}."
+    return f"{decision.action}, because {reason}."
 
 
 def _group_entries(scene: Scene, group: str, rng: Random) -> list[dict[str, str]]:

@@ -114,11 +114,9 @@ _KIND_WEIGHT = {
 _ACTION_WEIGHT = {"stop": 1.6}
 _SECOND_VEHICLE = 0.4
 _RARE_OBJECT_SHARE = 0.8  # of corner cases; the others are corner cases by their weather
-_DEPTH_M = {"near": (9.5, 11.5), "far": (18.5, 21.5)}
-_POST_DEPTH_M = {
-    "near": (12.0, 13.0),
-    "far": (18.5, 20.5),
-}  # further off: a post beside the road leaves the frame sooner
+_DEPTH_M = {"near": (9.5, 11.5), "far": (16.5, 19.0)}
+_POST_DEPTH_M = {"near": (14.2, 15.2), "far": (19.5, 21.5)}
+"""Further off: a post beside the road leaves the frame sooner."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,28 @@ from pipeline.scene_art import render
 from pipeline.scene_text import record
 from pipeline.scene_world import plan_scene
 
-FORMAT = 1
+FORMAT = 2
 JPEG_QUALITY = 92
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """A split's records `<folder>_NNNN`, whose images lie in CODA's `val` or `test` folder."""
+
+    name: str
+    folder: str
+    first: int
+    """Number of its first image: Train and val share CODA's `val` folder."""
+    count: int
+    corner_share: float
+
+    def marker(self, root: Path) -> Path:
+        """Settings that the finished split was drawn with."""
+        return root / f".{self.name}.json"
+
+    def slices(self, root: Path) -> Path:
+        """The split's part of `slices.json`."""
+        return root / f".{self.name}.slices.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +51,19 @@ class _Job:
     """One image to draw."""
 
     root: Path
-    split: str
-    folder: str
-    number: int
+    split: _Split
+    index: int
+    """Position in its split, from 1: with seed and split's name the source of all randomness."""
     corner: bool
     config: ScenesConfig
+
+    @property
+    def number(self) -> str:
+        return f"{self.split.first + self.index - 1:04d}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.split.folder}_{self.number}"
 
 
 def write_scenes(root: Path, config: ScenesConfig) -> None:
@@ -44,25 +72,26 @@ def write_scenes(root: Path, config: ScenesConfig) -> None:
     Raises:
         DataError: a split there was drawn with other settings.
     """
-    plans = (
-        ("Train", "train", config.train, config.corner_share),
-        ("val", "val", config.val, config.corner_share),
-        ("Test", "test", config.test, config.test_corner_share),
+    splits = (
+        _Split("Train", "val", 1, config.train, config.corner_share),
+        _Split("val", "val", 1 + config.train, config.val, config.corner_share),
+        _Split("Test", "test", 1, config.test, config.test_corner_share),
     )
-    for split, folder, count, corner_share in plans:
-        marker = root / f".{folder}.json"
-        wanted = {"format": FORMAT, "images": count, "corner_share": corner_share} | config.model_dump(
-            include={"seed", "width", "height"}
-        )
-        if _finished(marker, wanted):
-            continue
-        corner = _corner_flags(config.seed, split, count, corner_share)
-        jobs = [_Job(root, split, folder, n, corner[n - 1], config) for n in range(1, count + 1)]
+    settings = {split: _settings(split, config) for split in splits}
+    for split in [s for s in splits if not _finished(s.marker(root), settings[s])]:  # all are checked before any
+        corner = _corner_flags(config.seed, split.name, split.count, split.corner_share)
+        jobs = [_Job(root, split, index, corner[index - 1], config) for index in range(1, split.count + 1)]
         _draw_all(jobs, config.workers)
-        _write_json(root / f".{folder}.slices.json", {_stem(j): "corner" if j.corner else "regular" for j in jobs})
-        _write_json(marker, wanted)
-    slices = [json.loads((root / f".{folder}.slices.json").read_text()) for _, folder, _, _ in plans]
+        _write_json(split.slices(root), {job.stem: "corner" if job.corner else "regular" for job in jobs})
+        _write_json(split.marker(root), settings[split])
+    slices = [json.loads(split.slices(root).read_text()) for split in splits]
     _write_json(root / "slices.json", {stem: kind for part in slices for stem, kind in part.items()})
+
+
+def _settings(split: _Split, config: ScenesConfig) -> dict[str, object]:
+    """All that decides a split's bytes."""
+    own = {"format": FORMAT, "first": split.first, "images": split.count, "corner_share": split.corner_share}
+    return own | config.model_dump(include={"seed", "width", "height"})
 
 
 def _finished(marker: Path, wanted: dict[str, object]) -> bool:
@@ -86,24 +115,21 @@ def _corner_flags(seed: int, split: str, count: int, share: float) -> list[bool]
 
 
 def _draw_all(jobs: Sequence[_Job], workers: int) -> None:
-    for folder in (jobs[0].root / jobs[0].folder / "images", jobs[0].root / "CODA-LM" / jobs[0].split):
+    root, split = jobs[0].root, jobs[0].split
+    for folder in (root / split.folder / "images", root / "CODA-LM" / split.name):
         folder.mkdir(parents=True, exist_ok=True)
     with get_context("spawn").Pool(min(workers, len(jobs))) as pool:
         done = pool.imap_unordered(_draw, jobs, chunksize=16)
-        for _ in tqdm(done, total=len(jobs), desc=f"scenes {jobs[0].split}", mininterval=1):
+        for _ in tqdm(done, total=len(jobs), desc=f"scenes {split.name}", mininterval=1):
             pass
 
 
 def _draw(job: _Job) -> None:
-    rng = Random(f"{job.config.seed}/{job.split}/{job.number}")
-    scene = plan_scene(rng, corner=job.corner, held_out=job.split == "Test")
+    rng = Random(f"{job.config.seed}/{job.split.name}/{job.index}")
+    scene = plan_scene(rng, corner=job.corner, held_out=job.split.name == "Test")
     image, boxes = render(scene, job.config.width, job.config.height)
-    image.save(job.root / job.folder / "images" / f"{job.number:04d}.jpg", quality=JPEG_QUALITY)
-    _write_json(job.root / "CODA-LM" / job.split / f"{_stem(job)}.json", record(scene, boxes, image.size, rng))
-
-
-def _stem(job: _Job) -> str:
-    return f"{job.folder}_{job.number:04d}"
+    image.save(job.root / job.split.folder / "images" / f"{job.number}.jpg", quality=JPEG_QUALITY)
+    _write_json(job.root / "CODA-LM" / job.split.name / f"{job.stem}.json", record(scene, boxes, image.size, rng))
 
 
 def _write_json(path: Path, content: object) -> None:

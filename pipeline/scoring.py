@@ -32,8 +32,8 @@ def mentions(text: str) -> list[str]:
 
 
 def action(text: str) -> str | None:
-    """The first action phrase."""
-    found = _ACTIONS.search(text)
+    """The first action phrase; the "stop" of "stop sign" is none."""
+    found = _ACTIONS.search(_KINDS.sub(" ", text))
     return found.group(1).lower() if found else None
 
 

@@ -239,12 +239,13 @@ def row(name: str, regular: float | None, corner: float | None, speedup: float =
     scores = {"regular": {"rouge_l": 0.123, "n": 3}} if regular is not None else {}
     values = {"slug": name, "model": "jobs.teacher", "blind": False, "scores": scores, "params_total": 2_500_000,
               "params_active": 1_250_000, "ttft_ms": 12.34, "tpot_ms": 1.5, "e2e_ms": 60.0}  # fmt: skip
+    values |= {"blind_regular": None, "blind_corner": None}
     fields = {"name": name, "regular": regular, "corner": corner, "speedup_vs_teacher": speedup}
     return Row(**(fields | values | changes))
 
 
 def test_bars_by_hand():
-    rows = [row("teacher", 0.8, 0.5), row("blind", 0.4, 0.3, blind=True), row("sft", 0.1, 0.1, model="jobs.sft"),
+    rows = [row("teacher", 0.8, 0.5, blind_regular=0.4, blind_corner=0.3), row("sft", 0.1, 0.1, model="jobs.sft"),
             row("clkd", 0.72, 0.55, speedup=2.5, model="jobs.clkd")]  # fmt: skip
     measured = {bar.name: (bar.value, bar.target, bar.reached) for bar in bars(rows)}
     assert measured == {
@@ -262,19 +263,21 @@ def test_bars_that_cannot_be_measured_are_not_reached():
     alone = bars([row("teacher", 0.8, None)])
     assert [(bar.value, bar.reached) for bar in alone] == [(None, False)] * 5
     assert "not measured" in results.bar_lines(alone)
-    zero = {b.name: b for b in bars([row("teacher", 0.8, 0.0), row("blind", 0.0, 0.0, blind=True)])}
+    zero = {b.name: b for b in bars([row("teacher", 0.8, 0.0, blind_regular=0.0, blind_corner=0.0)])}
     assert (zero["teacher_vs_blind_regular"].value, zero["teacher_vs_blind_regular"].reached) == (None, True)
     nothing = zero["teacher_vs_blind_corner"]
     assert (nothing.value, nothing.reached) == (0.0, False), "0 is not twice 0, and it was measured"
-    other = bars([row("teacher", 0.8, 0.8), row("other, blind", 0.1, 0.1, blind=True, model="jobs.x")])
-    assert other[0].value is None, "another model's blind row is no baseline of the teacher"
+    blind_student = bars([row("teacher", 0.8, 0.8), row("other, blind", 0.1, 0.1, blind=True, model="jobs.x")])
+    assert blind_student[-1].value is None, "a blind row is no student"
 
 
 def test_the_table_is_aligned():
-    lines = results.table([row("teacher", 0.8, None), row("a longer name", 0.456, 0.1, speedup=2.0)]).splitlines()
+    lines = results.table(
+        [row("teacher", 0.8, None), row("a longer name", 0.456, 0.1, speedup=2.0, blind_regular=0.2)]
+    ).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert lines[2].split() == ["a", "longer", "name", "45.6", "10.0", "12.3", "-", "1.25", "/", "2.50", "M",
-                                "12.3", "1.50", "60.0", "2.00x"]  # fmt: skip
+    assert lines[2].split() == ["a", "longer", "name", "45.6", "10.0", "20.0", "-", "12.3", "-", "1.25", "/",
+                                "2.50", "M", "12.3", "1.50", "60.0", "2.00x"]  # fmt: skip
     assert lines[1].split()[1:3] == ["80.0", "-"]
 
 
@@ -285,6 +288,9 @@ def test_the_stage_writes_what_it_prints(recipe, run, capsys):
     assert [r["slug"] for r in content["rows"]] == ["teacher", "teacher_blind", "moe_student_clkd"]
     assert [r["blind"] for r in content["rows"]] == [False, True, False]
     assert teacher["speedup_vs_teacher"] == 1.0
+    assert (teacher["blind_regular"], teacher["blind_corner"]) == (blind["regular"], blind["corner"])
+    alone = json.loads((recipe.run.dir / "evaluation" / "moe_student_clkd_blind.json").read_text())
+    assert alone["blind"] and alone["scores"]["corner"]["mean"] == moe["blind_corner"]
     assert all(teacher[key] == blind[key] for key in ("ttft_ms", "tpot_ms", "e2e_ms", "params_total")), "one model"
     assert moe["params_active"] < moe["params_total"]
     assert content["seed"] == 7
@@ -318,7 +324,7 @@ def opened(monkeypatch):
 
 def test_finished_rows_are_used_again_and_only_those(recipe, opened):
     first = evaluate(recipe)
-    assert opened == ["teacher", "teacher", "moe", "teacher", "moe"]
+    assert opened == ["teacher", "teacher", "moe", "moe", "teacher", "moe"]
     opened.clear()
     again = evaluate(recipe)
     assert opened == []
@@ -329,10 +335,10 @@ def test_finished_rows_are_used_again_and_only_those(recipe, opened):
     assert opened == ["teacher"]
     opened.clear()
     evaluate(changed(recipe, max_new_tokens=NEW_TOKENS - 1))
-    assert opened == ["teacher", "teacher", "moe"], "timings do not depend on max_new_tokens"
+    assert opened == ["teacher", "teacher", "moe", "moe"], "timings do not depend on max_new_tokens"
     opened.clear()
     evaluate(changed(recipe, max_new_tokens=NEW_TOKENS - 1, limit=2))
-    assert opened == ["teacher", "teacher", "moe", "teacher", "moe"]
+    assert opened == ["teacher", "teacher", "moe", "moe", "teacher", "moe"]
 
 
 def changed(recipe, **settings):
@@ -355,7 +361,7 @@ def test_new_weights_are_evaluated_anew(recipe, run, opened):
     tensors["model.language_model.norm.weight"] *= -1
     save_file(tensors, path, metadata={"format": "pt"})
     evaluate(recipe)
-    assert opened == ["moe", "teacher", "moe"]
+    assert opened == ["moe", "moe", "teacher", "moe"]
 
 
 def test_rescoring_does_not_need_the_models(recipe, opened, monkeypatch):

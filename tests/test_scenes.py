@@ -43,9 +43,9 @@ def test_a_finished_split_is_left_alone_and_other_settings_are_refused(root):
 def test_an_interrupted_split_is_finished_with_the_same_bytes(root, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy)
-    for name in (".train.json", "slices.json", "train/images/0007.jpg", "CODA-LM/Train/train_0009.json"):
+    for name in (".Train.json", "slices.json", "val/images/0007.jpg", "CODA-LM/Train/val_0009.json"):
         (copy / name).unlink()
-    (copy / "train" / "images" / "0008.jpg").write_bytes(b"half")
+    (copy / "val" / "images" / "0008.jpg").write_bytes(b"half")
     write_scenes(copy, SMALL)
     assert contents(copy) == contents(root)
 
@@ -95,7 +95,9 @@ def test_boxes_lie_in_the_frame_and_have_area():
         scene = plan_scene(Random(i), corner=True, held_out=False)
         _, boxes = render(scene, 160, 96)
         assert len(boxes) == len(scene.things)
-        for x, y, w, h in boxes:
+        for (x, y, w, h), thing in zip(boxes, scene.things, strict=True):
+            post = thing.role in ("sign", "light")
+            assert not post or (x > 0.5 and x + w < 159.5), f"{thing} is cut by the frame"
             assert x >= 0 and y >= 0 and w > 3 and h > 3
             assert x + w <= 160.5 and y + h <= 96.5
 
@@ -103,11 +105,28 @@ def test_boxes_lie_in_the_frame_and_have_area():
 def test_suggestions_parse_back_to_the_rules_action():
     for i in range(100):
         scene = plan_scene(Random(i), corner=i % 2 == 0, held_out=True)
-        assert action(suggest(scene)) == decide(scene).action
+        for wording in ("action first", "reason first"):
+            assert action(suggest(scene, wording)) == decide(scene).action
+
+
+def test_questions_of_a_task_ask_for_answers_of_several_wordings(root):
+    samples = read_samples("coda_lm", root, "Train")
+    for task, starts in (("region", ("the box shows ", "a")), ("general", ("I see ", ""))):
+        answers = [s.answer for s in samples if s.task == task]
+        assert 0 < sum(a.startswith(starts[0]) for a in answers) < len(answers)
+        assert all(a.startswith(starts) for a in answers)
+
+
+def test_nothing_is_drawn_where_one_split_was_drawn_with_other_settings(root, tmp_path):
+    write_scenes(tmp_path, SMALL)
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match="images: on disk 6, recipe 7"):
+        write_scenes(tmp_path, SMALL.model_copy(update={"test": 7, "workers": 2}))
+    assert contents(tmp_path) == before
 
 
 def test_objects_are_in_drawing_order(root):
-    record = json.loads((root / "CODA-LM" / "Train" / "train_0001.json").read_text())
+    record = json.loads((root / "CODA-LM" / "Train" / "val_0001.json").read_text())
     distances = [o["words"][-2] for o in record["objects"]]
     assert record["size"] == [128, 96]
     assert set(distances) <= {"near", "far"}

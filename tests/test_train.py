@@ -229,7 +229,7 @@ def test_a_store_of_another_origin_is_refused_with_both_values(run):
 
 
 def test_an_empty_answer_is_refused_by_its_record_before_anything_starts(run):
-    path = run / "data" / "CODA-LM" / "Train" / "train_0003.json"
+    path = run / "data" / "CODA-LM" / "Train" / "val_0003.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"driving_suggestion": " "}))
     shutil.rmtree(run / "jobs" / "teacher")
@@ -238,7 +238,7 @@ def test_an_empty_answer_is_refused_by_its_record_before_anything_starts(run):
         stage(run, "-m", "pipeline.teacher", check=False),
     ):
         assert done.returncode == 2
-        assert "train_0003.json, driving_suggestion" in done.stderr
+        assert "val_0003.json, driving_suggestion" in done.stderr
         assert "empty answer" in done.stderr
 
 
@@ -251,7 +251,7 @@ def test_a_truncated_shard_is_refused(run):
 
 
 def test_a_missing_image_is_refused_by_name(run):
-    (run / "data" / "train" / "images" / "0003.jpg").unlink()
+    (run / "data" / "val" / "images" / "0003.jpg").unlink()
     done = train(run, ranks=1, ds="dense", check=False)
     assert done.returncode != 0
     assert "0003.jpg" in done.stderr
