@@ -1,19 +1,9 @@
-"""The recipe: one typed YAML file for a whole run, checked in full before anything is loaded.
+"""The recipe: what a run's YAML file may hold, typed and checked in full before anything is loaded."""
 
-Unknown keys are refused with a hint and all problems are reported at once. `extends: OTHER.yaml` inherits from
-another recipe (deep merge); the command line overrides single values as `section.key=value` (YAML syntax).
-"""
-
-import argparse
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pipeline.errors import ConfigError
 
@@ -26,6 +16,9 @@ def _no_truth_value(value: Any) -> Any:
 
 
 Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
+PositiveFraction = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)]
+NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
+PositiveFloat = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
 Positive = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_no_truth_value)]
 
@@ -108,23 +101,36 @@ class TextSize(Section):
     """Decoder sizes, named as in Qwen3-VL's text_config."""
 
     hidden_size: Positive = 128
+    """Width of the residual stream."""
     intermediate_size: Positive = 384
+    """Width of the MLP."""
     num_hidden_layers: Positive = 4
+    """Decoder layers."""
     num_attention_heads: Positive = 4
+    """Query heads."""
     num_key_value_heads: Positive = 2
+    """Key and value heads; a divisor of the query heads."""
     head_dim: Positive = 32
+    """Width of a head."""
 
 
 class VisionSize(Section):
     """Vision tower sizes, named as in Qwen3-VL's vision_config."""
 
     hidden_size: Positive = 96
+    """Width of the tower."""
     intermediate_size: Positive = 256
+    """Width of its MLP."""
     depth: Positive = 3
+    """Tower layers."""
     num_heads: Positive = 4
+    """Attention heads."""
     patch_size: Positive = 16
+    """Side of a patch in pixels."""
     spatial_merge_size: Positive = 2
+    """Side of the square of patches that becomes one image token."""
     deepstack_visual_indexes: tuple[int, ...] = (0,)
+    """Tower layers whose features also enter the first decoder layers."""
 
 
 class UpcycleConfig(Section):
@@ -138,11 +144,11 @@ class UpcycleConfig(Section):
     """Experts per token. 1 is refused: with renormalised weights it gives the router no task gradient."""
     every: Positive = 2
     """Every n-th decoder layer becomes an MoE layer (the 2nd, 4th, ... for 2)."""
-    expert_width: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 1.0
+    expert_width: PositiveFraction = 1.0
     """Width of an expert as a share of the dense MLP's; below 1: fine-grained, columns drawn per expert."""
-    router_noise: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.02
+    router_noise: NonNegative = 0.02
     """Standard deviation of the router's initial weights."""
-    expert_noise: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.02
+    expert_noise: NonNegative = 0.02
     """Relative noise on each expert copy: identical copies leave the router without gradient."""
 
 
@@ -152,8 +158,11 @@ class ModelConfig(Section):
     path: str | None = None
     """Checkpoint folder in Hugging Face format."""
     text: TextSize | None = None
+    """Decoder of a model with random weights."""
     vision: VisionSize | None = None
+    """Vision tower of a model with random weights."""
     upcycle: UpcycleConfig | None = None
+    """A Mixture-of-Experts model made from a dense one."""
 
     @model_validator(mode="after")
     def _exactly_one_origin(self) -> Self:
@@ -178,7 +187,7 @@ class TargetsConfig(Section):
     """Store folder; None: `<run.dir>/store`."""
     top_k: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=256)] = 32
     """Teacher entries kept per answer token."""
-    temperature: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
+    temperature: PositiveFloat = 1.0
     """Softmax temperature the targets are made at; it cannot be changed afterwards."""
     shard_samples: Positive = 512
     """Samples per shard."""
@@ -199,13 +208,13 @@ class DistillConfig(Section):
     """t0: share of training at which release begins."""
     release_to: Fraction = 0.9
     """t1: share of training at which release ends."""
-    hardness_delay: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.15
+    hardness_delay: NonNegative = 0.15
     """eta: how much later the hardest sample is released, as a share of t1 - t0."""
     gate: bool = True
     """rho: do not chase tokens that the teacher itself gets wrong."""
-    gate_scale: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
+    gate_scale: PositiveFloat = 1.0
     """s in nats: softness of the gate."""
-    token_tilt: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
+    token_tilt: NonNegative = 1.0
     """Size of beta on tokens: 0 turns the token granularity of H2G off."""
 
     @model_validator(mode="after")
@@ -218,11 +227,11 @@ class DistillConfig(Section):
 class CurriculumConfig(Section):
     """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
 
-    competence_start: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.3
+    competence_start: PositiveFraction = 0.3
     """c0: share of samples eligible at the start, easiest first."""
-    competence_until: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.5
+    competence_until: PositiveFraction = 0.5
     """tau_g: share of training at which all samples are eligible."""
-    tilt: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
+    tilt: NonNegative = 1.0
     """Size of beta on samples: 0 draws eligible samples uniformly."""
     window_steps: Positive = 50
     """R: optimizer steps per planned window."""
@@ -239,18 +248,18 @@ class HardnessConfig(Section):
     """mu: weight of the past in D_i."""
     tail_weight: Fraction = 0.5
     """k: weight of the hardest tokens' mean against the plain mean."""
-    tail_share: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)] = 0.2
+    tail_share: PositiveFraction = 0.2
     """Share of a sample's tokens that counts as its hardest."""
-    half_life_epochs: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1.0
+    half_life_epochs: PositiveFloat = 1.0
     """Epochs after which an unvisited entry has relaxed half-way to its stratum's mean."""
 
 
 class RouterConfig(Section):
     """Router losses, per MoE layer, padding excluded."""
 
-    balance: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.01
+    balance: NonNegative = 0.01
     """l_b: weight of the load-balance loss."""
-    z: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1e-3
+    z: NonNegative = 1e-3
     """l_z: weight of the router z-loss."""
 
 
@@ -265,26 +274,34 @@ class JobConfig(Section):
     """Samples per optimizer step over all ranks and accumulation steps."""
     micro_batch_size: Positive = 16
     """Samples per forward on one rank."""
-    lr: Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)] = 1e-3
+    lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     min_lr_share: Fraction = 0.05
     """Learning rate at the end, as a share of the peak (cosine)."""
     warmup_share: Fraction = 0.05
     """Share of steps with linear warm-up."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain SGD without momentum."""
     betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.01
-    grad_clip: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 1.0
+    """Decay rates of AdamW's two moments."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay of AdamW; SGD takes it as an L2 term."""
+    grad_clip: NonNegative = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     trainable: Literal["all", "mlp_and_router", "language"] = "all"
     """Which parameters train."""
-    vision_words: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)] = 0.0
+    vision_words: NonNegative = 0.0
     """Weight of the word alignment of image tokens (`pipeline.vision`), for random weights on the embedded scenes."""
     activation_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     distill: DistillConfig | None = None
+    """The teacher's part; absent: plain SFT."""
     curriculum: CurriculumConfig | None = None
+    """Hardness-ordered sampling; absent: a uniform shuffle."""
     hardness: HardnessConfig = HardnessConfig()
+    """How the hardness table follows training."""
     router: RouterConfig = RouterConfig()
+    """Losses of the MoE routers."""
     checkpoint_every: Positive = 100
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
@@ -297,6 +314,7 @@ class EvaluationRow(Section):
     """One row of the result table."""
 
     name: str
+    """Label in table and report."""
     model: str
     """Model reference."""
     blind: bool = False
@@ -311,10 +329,13 @@ class EvaluationConfig(Section):
     limit: Positive | None = None
     """Samples per task and slice; None: all of the test split."""
     batch_size: Positive = 32
+    """Questions answered at once; latency is always timed at batch 1."""
     max_new_tokens: Positive = 96
+    """Longest answer in tokens."""
     latency_samples: Positive = 8
     """Samples timed at batch 1."""
     latency_repeats: Positive = 3
+    """Timings of each sample, models interleaved; medians are reported."""
 
 
 class Recipe(Section):
@@ -400,106 +421,3 @@ class Recipe(Section):
         if self.job is None:
             raise ConfigError(f"job: say which job to train, as in `job=NAME`; jobs: {sorted(self.jobs)}")
         return self.job, self.jobs[self.job]
-
-
-@dataclass(frozen=True, slots=True)
-class Arguments:
-    """A stage's parsed command line."""
-
-    recipe: Recipe
-    options: argparse.Namespace
-
-
-def parse_args(
-    stage: str, argv: Sequence[str] | None = None, parser: argparse.ArgumentParser | None = None
-) -> Arguments:
-    """Parse `--config RECIPE.yaml [section.key=value ...]` plus the stage's own options."""
-    parser = parser or argparse.ArgumentParser(prog=f"python -m pipeline.{stage}")
-    parser.add_argument("--config", type=Path, required=True, help="recipe (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    options = parser.parse_intermixed_args(argv)
-    return Arguments(load_recipe(options.config, options.overrides), options)
-
-
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and check a recipe. Raises ConfigError with every problem at once."""
-    raw = _read_yaml(path)
-    for override in overrides:
-        key, sign, value = override.partition("=")
-        if not sign:
-            raise ConfigError(f"{override!r} is not of the form section.key=value. Nothing was read or changed.")
-        _set_path(raw, key.split("."), _parse_yaml(value, override))
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        lines = [line for e in error.errors() for line in _explain(e)]
-        raise ConfigError(f"{path}: {len(lines)} problem(s), nothing was changed.\n  " + "\n  ".join(lines)) from None
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: `extends` goes in a circle: {[str(p) for p in seen]}")
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe")
-    raw = _parse_yaml(path.read_bytes(), str(path)) or {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, got {type(raw).__name__}")
-    base = raw.pop("extends", None)
-    if not isinstance(base, str | None):
-        raise ConfigError(f"{path}: `extends` names another recipe's file, got {base!r}")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), raw) if base else raw
-
-
-def _parse_yaml(text: str | bytes, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}. Nothing was changed.") from None
-
-
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _set_path(raw: dict[str, Any], keys: list[str], value: object) -> None:
-    for key in keys[:-1]:
-        child = raw.get(key)
-        raw[key] = child if isinstance(child, dict) else {}
-        raw = raw[key]
-    raw[keys[-1]] = value
-
-
-def _explain(error: Any) -> list[str]:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
-        return [f"{where}: unknown key; {hint}"]
-    if error["type"] == "value_error":
-        prefix = f"{where}: " if where else ""
-        return [prefix + line for line in str(error["ctx"]["error"]).splitlines()]
-    return [f"{where}: {error['msg']}, got {error['input']!r}"]
-
-
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """Field names of the section at a location of the recipe."""
-    kind: Any = Recipe
-    for part in loc:
-        section = _section_of(kind)
-        if section and str(part) in section.model_fields:
-            kind = section.model_fields[str(part)].annotation
-        else:  # an entry of dict[str, Section] or tuple[Section, ...]
-            kind = next(k for k in reversed(get_args(kind)) if k is not Ellipsis)
-    section = _section_of(kind)
-    return sorted(section.model_fields) if section else []
-
-
-def _section_of(kind: Any) -> type[Section] | None:
-    if get_origin(kind) in (UnionType, Union):
-        kind = next((k for k in get_args(kind) if k is not type(None)), None)
-    return kind if isinstance(kind, type) and issubclass(kind, Section) else None

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe
 from pipeline.errors import UserError, run_main
 
 PR_SET_PDEATHSIG = 1

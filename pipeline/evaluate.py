@@ -23,7 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline import experts, latency, results
-from pipeline.config import EvaluationRow, Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import EvaluationRow, Recipe
 from pipeline.data import Sample, read_samples
 from pipeline.errors import ConfigError, DataError, UserError, run_main
 from pipeline.generate import answers, open_model

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from pipeline import checkpoint, models
-from pipeline.config import Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe
 from pipeline.errors import CheckpointError, run_main
 from pipeline.hf_folder import Building, ShardWriter, copy_companions, packed_on_disk
 from pipeline.moe import moe_layers

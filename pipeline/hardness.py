@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from pipeline.config import HardnessConfig, Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import HardnessConfig, Recipe
 from pipeline.data import Sample, read_samples
 from pipeline.errors import CheckpointError, UserError, run_main
 from pipeline.processor import Processor

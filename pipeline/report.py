@@ -19,7 +19,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline import report_plots as plots
-from pipeline.config import Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe
 from pipeline.errors import run_main
 from pipeline.metrics import read_metrics
 from pipeline.report_data import (

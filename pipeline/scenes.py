@@ -16,7 +16,8 @@ from random import Random
 
 from tqdm import tqdm
 
-from pipeline.config import ScenesConfig, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import ScenesConfig
 from pipeline.errors import DataError, run_main
 from pipeline.scene_art import render
 from pipeline.scene_text import record

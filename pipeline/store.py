@@ -17,7 +17,8 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from pipeline.config import Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe
 from pipeline.errors import StoreError, run_main
 from pipeline.processor import Processor
 from pipeline.shards import (

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Qwen3VLMoeConfig
 
 from pipeline import models
-from pipeline.config import Recipe, UpcycleConfig, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe, UpcycleConfig
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.hf_folder import Building, ShardWriter, TensorFiles, copy_companions, packed_on_disk
 from pipeline.processor import Processor

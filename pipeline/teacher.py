@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeline.config import Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
 from pipeline.models import batch_attention, check_compatible, load_model, weights_hash

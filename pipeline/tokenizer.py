@@ -25,7 +25,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.config import Recipe, VisionSize, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import Recipe, VisionSize
 from pipeline.data import Sample, read_samples
 from pipeline.errors import ConfigError, DataError, run_main
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from pipeline import checkpoint, curriculum, export, models, moe
 from pipeline.batches import MicroBatch, MicroBatches, Request, iterate
-from pipeline.config import CurriculumConfig, JobConfig, Recipe, parse_args
+from pipeline.command_line import parse_args
+from pipeline.config import CurriculumConfig, JobConfig, Recipe
 from pipeline.data import read_samples, require_answers
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.hardness import HardnessTable

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_recipe
+from pipeline.command_line import load_recipe
 from pipeline.errors import ConfigError
 
 DEMO = Path(__file__).parent.parent / "pipeline" / "recipes" / "demo.yaml"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_recipe
+from pipeline.command_line import load_recipe
 from pipeline.demo import Stage, plan, run
 from pipeline.errors import UserError
 

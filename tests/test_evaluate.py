@@ -8,7 +8,8 @@ from tiny_data import corpus, make_processor, save_image
 
 from pipeline import evaluate as stage
 from pipeline import generate, latency, results
-from pipeline.config import ModelConfig, TextSize, UpcycleConfig, VisionSize, load_recipe
+from pipeline.command_line import load_recipe
+from pipeline.config import ModelConfig, TextSize, UpcycleConfig, VisionSize
 from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.evaluate import Evaluation, evaluate, main, questions, timed_samples
 from pipeline.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline import hardness
-from pipeline.config import HardnessConfig, load_recipe
+from pipeline.command_line import load_recipe
+from pipeline.config import HardnessConfig
 from pipeline.data import Sample
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hardness import HardnessTable, describe, instance_scores, prior_table, teacher_prior

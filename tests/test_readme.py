@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.config import load_recipe
+from pipeline.command_line import load_recipe
 from pipeline.data import read_samples
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from pipeline import report, report_plots, results
-from pipeline.config import ScenesConfig, load_recipe
+from pipeline.command_line import load_recipe
+from pipeline.config import ScenesConfig
 from pipeline.curriculum import competence, release_alpha
 from pipeline.data import Sample, load_image, read_samples
 from pipeline.hardness import HardnessTable

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_data import corpus, make_processor, save_image
 
-from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize, load_recipe
+from pipeline.command_line import load_recipe
+from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize
 from pipeline.data import read_samples
 from pipeline.errors import ConfigError, StoreError, UserError
 from pipeline.models import build, load_model, save_model

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline import experts, latency, results
-from pipeline.config import parse_args
+from pipeline.command_line import parse_args
 from pipeline.errors import run_main
 from pipeline.evaluate import Evaluation, timed_samples
 from pipeline.generate import is_moe, use_experts
