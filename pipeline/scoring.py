@@ -5,6 +5,7 @@ for everything else an answer says.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -45,8 +46,18 @@ def mention_f1(prediction: str, gold: str) -> float:
     return 2 * len(said & true) / (len(said) + len(true))
 
 
+def class_f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """Mean over object kinds of the F1 with which (prediction, gold) texts mention each; gold's kinds count."""
+    said, true = [set(mentions(prediction)) for prediction, _ in pairs], [set(mentions(gold)) for _, gold in pairs]
+    kinds = sorted(set().union(*true))
+    both = zip(said, true, strict=True)
+    hits = Counter(kind for s, t in both for kind in s & t)
+    total = Counter(kind for kinds_of_text in (*said, *true) for kind in kinds_of_text)
+    return fmean(2 * hits[kind] / total[kind] for kind in kinds)
+
+
 def score_answer(task: str, prediction: str, gold: str) -> float:
-    """In [0, 1]: mention F1 (general), first category equal (region), action equal (suggestion).
+    """One answer's score in [0, 1]: mention F1 (general), first category equal (region), action equal (suggestion).
 
     ROUGE-L for other tasks, and where the gold answer names no kind or action that this module knows.
     """
@@ -59,13 +70,22 @@ def score_answer(task: str, prediction: str, gold: str) -> float:
     return rouge_l(prediction, gold)
 
 
+def _task_score(task: str, pairs: Sequence[tuple[str, str]]) -> float:
+    with_kinds = [pair for pair in pairs if mentions(pair[1])]
+    if task == "general" and with_kinds:
+        return class_f1(with_kinds)
+    return fmean(score_answer(task, prediction, gold) for prediction, gold in pairs)
+
+
 def rouge_l(prediction: str, gold: str) -> float:
     """ROUGE-L F-measure."""
     return float(_ROUGE.score(gold, prediction)["rougeL"].fmeasure)
 
 
 def score_all(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means by slice: each task's score, their mean over tasks (`mean`), `rouge_l`, and the number of answers `n`.
+    """By slice: each task's score, their mean over tasks (`mean`), `rouge_l`, and the number of answers `n`.
+
+    `general` is `class_f1`, the other tasks' scores are means of `score_answer`.
 
     Args:
         records: with keys task, slice, gold, prediction.
@@ -74,7 +94,7 @@ def score_all(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
     for name in sorted({str(r["slice"]) for r in records}):
         rows = [r for r in records if r["slice"] == name]
         by_task = {
-            task: fmean(score_answer(task, r["prediction"], r["gold"]) for r in rows if r["task"] == task)
+            task: _task_score(task, [(r["prediction"], r["gold"]) for r in rows if r["task"] == task])
             for task in sorted({str(r["task"]) for r in rows})
         }
         scores[name] = {
