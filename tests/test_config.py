@@ -69,7 +69,7 @@ def test_references_that_lead_nowhere_are_named():
 
 
 def test_batch_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ConfigError, match=r"jobs\.clkd: global_batch_size 30 is not a multiple of micro_batch_size 16"):
+    with pytest.raises(ConfigError, match=r"jobs\.clkd: global_batch_size 30 is not a multiple of micro_batch_size 8"):
         load_recipe(DEMO, ["jobs.clkd.global_batch_size=30"])
 
 
