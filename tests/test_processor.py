@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tiny_data import corpus, make_processor, make_sample, save_image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
 
 from pipeline.config import DataConfig
 from pipeline.errors import DataError, UserError
@@ -48,6 +48,26 @@ def test_ids_are_the_rendered_conversation(processor, tmp_path):
     encoded = processor.encode(sample)
     assert encoded.input_ids.tolist() == processor.tokenizer.encode(text, add_special_tokens=False)
     assert encoded.image_grid_thw.tolist() == [[1, 4, 4], [1, 4, 8]]
+
+
+def test_transformers_own_processor_makes_the_same_prompt(processor, tmp_path, monkeypatch):
+    """Independent reference: Qwen3VLProcessor. Without torchvision only its video half's type check fails."""
+    monkeypatch.setattr(Qwen3VLProcessor, "check_argument_for_proper_class", lambda self, name, argument: None)
+    theirs = Qwen3VLProcessor(
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
+        video_processor=None,
+        chat_template=processor.tokenizer.chat_template,
+    )
+    images = tuple(save_image(tmp_path / f"{n}.png", n, 96) for n in (64, 200))
+    sample = make_sample(images)
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": sample.prompt}]
+    text = theirs.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    batch = theirs(images=[Image.open(path) for path in images], text=[text], return_tensors="pt")
+    ours = processor.encode_prompt(sample)
+    assert batch["input_ids"][0].tolist() == ours.input_ids.tolist()
+    assert torch.equal(batch["pixel_values"], ours.pixel_values)
+    assert torch.equal(batch["image_grid_thw"], ours.image_grid_thw)
 
 
 def test_labels_are_the_answer_and_its_end(processor, sample):
