@@ -4,7 +4,6 @@ Shape suffixes: N = answer tokens (batch and sequence flattened), V = vocabulary
 padded batch, E = experts, B = samples. The caller divides sums once, by counts over the global batch.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,20 +216,6 @@ def distillation_loss(
     loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
     return DistillationTerms(
         loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, (alpha_N * weight_N).sum(), alpha_N.sum()
-    )
-
-
-def joined(parts: Sequence[DistillationTerms]) -> DistillationTerms:
-    """The terms of consecutive rows as one; all parts with targets, or none."""
-    kl_N = [p.kl_N for p in parts if p.kl_N is not None]
-    hardness_N = [p.hardness_N for p in parts if p.hardness_N is not None]
-    return DistillationTerms(
-        loss_sum=torch.stack([p.loss_sum for p in parts]).sum(),
-        ce_N=torch.cat([p.ce_N for p in parts]),
-        kl_N=torch.cat(kl_N) if kl_N else None,
-        hardness_N=torch.cat(hardness_N) if hardness_N else None,
-        weight_sum=torch.stack([p.weight_sum for p in parts]).sum(),
-        weight_count=torch.stack([p.weight_count for p in parts]).sum(),
     )
 
 
