@@ -40,7 +40,7 @@ class MicroBatch:
     sample_ids: tuple[str, ...]
     inputs: dict[str, Tensor]
     keep: Tensor
-    """Positions i64[W] whose logits are computed: the span that covers every answer row."""
+    """Positions i64[W] that reach the LM head: the span that covers every answer row."""
     rows_BW: Tensor
     """bool: which (sample, kept position) pairs predict an answer token; True N times."""
     labels_N: Tensor

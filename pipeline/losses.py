@@ -5,10 +5,12 @@ padded batch, E = experts, B = samples. The caller divides sums once, by counts 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pipeline.targets import SoftTargets
 
@@ -36,6 +38,46 @@ class DistillationTerms:
 def cross_entropy_per_token(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     """-log q(y) in nats, float32 [N]; rows labelled -100 are 0 and backpropagate zeros."""
     return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="none")
+
+
+class _HeadAndTail(torch.autograd.Function):
+    """log q of K distinct tokens, and of all others together: autograd's own makes four times the [N, V] tensors.
+
+    With g the gradients that come in and G their sum, T dz_k = g_k - G q_k for the K tokens, and for the others
+    T dz_j = (g_tail - G q_tail) q_j / q_tail, where q_j / q_tail is a softmax over the others alone. [ours]
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_NK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        head_NK = logits_NV.gather(-1, ids_NK).float() / temperature
+        # Exact tail: 1 - sum_k q_k would cancel catastrophically as the student sharpens. In place: V is large.
+        tail_NV = logits_NV.to(torch.float32, copy=True).scatter_(-1, ids_NK, float("-inf"))
+        top_N1 = tail_NV.amax(-1, keepdim=True)
+        tail_NV.sub_(top_N1)
+        if temperature != 1.0:
+            tail_NV.div_(temperature)
+        mass_N1 = tail_NV.exp_().sum(-1, keepdim=True)
+        joined = torch.cat([head_NK, top_N1 / temperature], dim=-1)
+        joined = joined - joined.amax(-1, keepdim=True)  # before the log is added, which large logits would swallow
+        joined[:, -1:] += mass_N1.log()
+        log_q = torch.log_softmax(joined, dim=-1)
+        ctx.save_for_backward(tail_NV, mass_N1, ids_NK, log_q)
+        ctx.temperature, ctx.dtype = temperature, logits_NV.dtype
+        return log_q[:, :-1], log_q[:, -1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NK: Tensor, grad_tail_N: Tensor) -> tuple[Tensor, None, None]:
+        tail_NV, mass_N1, ids_NK, log_q = ctx.saved_tensors
+        grad = torch.cat([grad_NK, grad_tail_N[:, None]], dim=-1) / ctx.temperature
+        grad = grad - grad.sum(-1, keepdim=True) * log_q.exp()
+        grad_NV = tail_NV * (grad[:, -1:] / mass_N1)
+        return grad_NV.scatter_(-1, ids_NK, grad[:, :-1]).to(ctx.dtype), None, None
+
+
+def _head_and_tail(logits_NV: Tensor, ids_NK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_q_NK, log_q_tail_N = _HeadAndTail.apply(logits_NV, ids_NK, temperature)  # type: ignore[no-untyped-call]
+    return log_q_NK, log_q_tail_N
 
 
 def sparse_kl_per_token(
@@ -69,13 +111,40 @@ def sparse_kl_per_token(
         raise ValueError(
             f"teacher ids {tuple(ids_NK.shape)} and log-probabilities {tuple(logprobs_NK.shape)} differ in shape"
         )
-    log_q_NV = torch.log_softmax(student_logits_NV.float() / temperature, dim=-1)
-    # Exact tail: 1 - sum_k q_k would cancel catastrophically as the student sharpens.
-    log_q_tail_N = log_q_NV.scatter(-1, ids_NK, float("-inf")).logsumexp(dim=-1)
-    log_q = torch.cat([log_q_NV.gather(-1, ids_NK), log_q_tail_N[:, None]], dim=-1)
+    log_q_NK, log_q_tail_N = _head_and_tail(student_logits_NV, ids_NK, temperature)
+    log_q = torch.cat([log_q_NK, log_q_tail_N[:, None]], dim=-1)
     log_p = torch.cat([logprobs_NK, tail_logprob_N[:, None]], dim=-1).float()
     p = log_p.exp()
     return temperature**2 * torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
+
+
+def sampled_kl_per_token(
+    student_logits_NV: Tensor, ids_NK: Tensor, logprobs_NK: Tensor, entropy_N: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || student) per token in nats, estimated without bias from tokens drawn from the teacher.
+
+        T^2 [ -sum_k p^_k log q_k - H(p) ],  p^_k = draws of token k / all draws
+
+    Gradient and value are unbiased, where a truncated top K is not [published: sparse logit sampling, ACL 2025;
+    H(p) in place of H(p^), which would misreport the KL: METHOD section 2]. One token's estimate can be negative.
+
+    Args:
+        student_logits_NV: raw logits, any float dtype; computed in float32.
+        ids_NK: int64 in [0, V); entries with log-probability -inf are padding and may repeat.
+        logprobs_NK: log p^.
+        entropy_N: H(p) in nats over the whole vocabulary, at `temperature`.
+        temperature: the temperature the targets were made at.
+    """
+    log_q_NK = torch.log_softmax(student_logits_NV.float() / temperature, dim=-1).gather(-1, ids_NK)
+    p_NK = logprobs_NK.float().exp()
+    cross_entropy_N = -torch.where(p_NK > 0, p_NK * log_q_NK, 0.0).sum(dim=-1)
+    return temperature**2 * (cross_entropy_N - entropy_N.float())
+
+
+def _kl_per_token(logits_NV: Tensor, targets: SoftTargets, temperature: float) -> Tensor:
+    if getattr(targets, "sampled", False):
+        return sampled_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.entropy, temperature)
+    return sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
 
 
 def token_hardness(kl_N: Tensor) -> Tensor:
@@ -135,7 +204,7 @@ def distillation_loss(
         return DistillationTerms(ce_N.sum(), ce_N.detach(), None, None, zero, zero)
     if len(targets) != len(labels_N):
         raise ValueError(f"soft targets have {len(targets)} rows, the logits have {len(labels_N)}")
-    kl_N = sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
+    kl_N = _kl_per_token(logits_NV, targets, temperature)
     with torch.no_grad():
         hardness_N = token_hardness(kl_N / temperature**2)
         weight_N = token_tilt(hardness_N, beta)

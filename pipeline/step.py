@@ -5,6 +5,7 @@ Shapes: N answer tokens of a micro-batch, B samples, T all positions of the padd
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from pipeline import hardness, losses, moe
 from pipeline.batches import MicroBatch
 from pipeline.config import JobConfig
+from pipeline.fused_head import FusedHead, fused_distillation_loss
 from pipeline.losses import DistillationTerms
 from pipeline.vision import VisionProbe, cell_loss
 
@@ -58,6 +60,7 @@ class StepContext:
     """What a step needs besides its batches. `gradient_scale` undoes DeepSpeed's averaging (ranks, accumulation)."""
 
     engine: Any
+    head: FusedHead
     probe: moe.RouterProbe | None
     """None for a dense model."""
     top_k: int
@@ -99,18 +102,20 @@ def run_step(context: StepContext, micro_batches: Sequence[MicroBatch], *, stop:
 
 def _forward(context: StepContext, micro: MicroBatch, num_tokens: float, stats: StepStats) -> Tensor:
     """This rank's share of the global loss: summed over ranks and micro-batches it is METHOD section 7's L."""
-    output = context.engine(**micro.inputs, logits_to_keep=micro.keep, use_cache=False)
-    logits_NV = output.logits[micro.rows_BW]
     distill = context.job.distill
-    terms = losses.distillation_loss(
-        logits_NV,
-        micro.labels_N,
-        micro.targets,
-        micro.alpha_N,
-        temperature=context.temperature,
-        gate_scale=distill.gate_scale if distill and distill.gate else None,
-        beta=context.beta,
-        normaliser=context.normaliser,
+    terms = context.head.loss(
+        partial(context.engine, **micro.inputs, logits_to_keep=micro.keep, use_cache=False),
+        micro.rows_BW,
+        partial(
+            fused_distillation_loss,
+            labels_N=micro.labels_N,
+            targets=micro.targets,
+            alpha_N=micro.alpha_N,
+            temperature=context.temperature,
+            gate_scale=distill.gate_scale if distill and distill.gate else None,
+            beta=context.beta,
+            normaliser=context.normaliser,
+        ),
     )
     loss = terms.loss_sum / num_tokens
     stats.add(

@@ -27,6 +27,7 @@ from pipeline.command_line import parse_args
 from pipeline.config import CurriculumConfig, JobConfig, Recipe
 from pipeline.data import read_samples, require_answers
 from pipeline.errors import ConfigError, UserError, run_main
+from pipeline.fused_head import FusedHead
 from pipeline.hardness import HardnessTable
 from pipeline.losses import WeightNormaliser
 from pipeline.metrics import MetricsLogger
@@ -65,6 +66,7 @@ class Trainer:
         model_config = self.engine.module.config
         moe.expect_converted(self.engine, model_config)
         has_experts = bool(moe.moe_layers(model_config))
+        self.head = FusedHead(self.engine.module)
         self.probe = moe.RouterProbe(self.engine.module) if has_experts else None
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
         self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
@@ -183,6 +185,7 @@ class Trainer:
         normaliser = self.distillation.normaliser.value if self.distillation else 1.0
         context = StepContext(
             engine=self.engine,
+            head=self.head,
             probe=self.probe,
             top_k=self.top_k,
             vision=self.vision,

@@ -13,13 +13,18 @@ import torch.distributed as dist
 from pipeline import moe
 
 
-def engine(model: Any, *, stage: int = 1, experts: bool = True, **job: object) -> Any:
-    """`model` under DeepSpeed, with expert parallelism of size 1 unless `experts` is False."""
+def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int | None = None, **job: object) -> Any:
+    """`model` under DeepSpeed, with expert parallelism of size 1 unless `experts` is False.
+
+    `persistent`: elements up to which ZeRO-3 leaves a parameter whole; by default all of a tiny model's.
+    """
     import deepspeed
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     raw: dict[str, Any] = {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}
+    if persistent is not None:
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     if experts:
         raw["expert_parallel"] = {"enabled": True, "autoep_size": 1}
     config = moe.prepare_deepspeed_config(raw, tiny.job(micro_batch_size=4, **job), model.config, 1)
