@@ -131,7 +131,7 @@ def _join_targets(
     parts: list[SoftTargets | None] = [
         store.read(e.sample_id) if w else None for e, w in zip(encoded, wanted, strict=True)
     ]
-    top_k = next(p.top_k for p in parts if p is not None)
+    stored = next(p for p in parts if p is not None)
     filled = []
     for part, count, sample in zip(parts, counts, encoded, strict=True):
         if part is not None and len(part) != count:
@@ -139,18 +139,19 @@ def _join_targets(
                 f"sample {sample.sample_id}: the store has {len(part)} answer tokens, this run has {count}. "
                 "Make the store again with `python -m pipeline.teacher`."
             )
-        filled.append(part if part is not None else _inert(count, top_k))
+        filled.append(part if part is not None else _inert(count, stored))
     return concatenate(filled)
 
 
-def _inert(count: int, top_k: int) -> SoftTargets:
-    """Rows whose KL is finite and multiplied by alpha = 0: all teacher mass in the tail."""
+def _inert(count: int, like: SoftTargets) -> SoftTargets:
+    """Rows whose KL is finite and multiplied by alpha = 0: all teacher mass in the tail, or no draw at all."""
     return SoftTargets(
-        ids=torch.arange(top_k).expand(count, top_k),
-        logprobs=torch.full((count, top_k), float("-inf")),
-        tail_logprob=torch.zeros(count),
+        ids=torch.arange(like.top_k).expand(count, like.top_k),
+        logprobs=torch.full((count, like.top_k), float("-inf")),
+        tail_logprob=torch.full((count,), float("-inf") if like.sampled else 0.0),
         gold_logprob=torch.zeros(count),
         entropy=torch.zeros(count),
+        sampled=like.sampled,
     )
 
 

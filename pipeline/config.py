@@ -185,8 +185,15 @@ class TargetsConfig(Section):
     """Model reference of the teacher."""
     store: Path | None = None
     """Store folder; None: `<run.dir>/store`."""
+    codec: Literal["packed", "compact", "sampled"] = "packed"
+    """What is kept of a token's distribution. `packed`: the `top_k` most probable tokens, codec error below 1e-5 nats;
+    `compact`: the same in a quarter less room, below 1e-3 nats; `sampled`: `draws` random tokens, unbiased."""
     top_k: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=256)] = 32
     """Teacher entries kept per answer token."""
+    bits: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=4, le=8)] | None = None
+    """Bits of a stored log-probability; None: 7 for `packed`, 5 for `compact`. One less: 4 times the codec error."""
+    draws: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1, le=255)] = 64
+    """Draws per answer token (`sampled`)."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature the targets are made at; it cannot be changed afterwards."""
     shard_samples: Positive = 512

@@ -142,7 +142,7 @@ def sampled_kl_per_token(
 
 
 def _kl_per_token(logits_NV: Tensor, targets: SoftTargets, temperature: float) -> Tensor:
-    if getattr(targets, "sampled", False):
+    if targets.sampled:
         return sampled_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.entropy, temperature)
     return sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
 

@@ -1,9 +1,10 @@
 """One shard of the soft-target store on disk: a safetensors file, and the commit record that makes it count.
 
-The file holds flat tensors: `rec` u8[tokens, bytes], `off` i64[samples + 1] (rows of `rec`), `crc32c`
-u32[samples], `sample_id` u8 (UTF-8, one id a line). The record, a small JSON file written last, holds sizes,
-counts and hashes. A shard without a record does not exist. Bytes outside `rec` are hashed when a shard is
-opened, rows of `rec` carry one crc32c a sample: no number is returned before its bytes were checked.
+The file holds flat tensors: `rec` u8 (what a codec made of each sample, one behind the other), `off`
+i64[samples + 1] (where each begins in `rec`), `tokens` i64[samples], `crc32c` u32[samples], `sample_id` u8 (UTF-8,
+one id a line). The record, a small JSON file written last, holds sizes, counts and hashes. A shard without a record
+does not exist. Bytes outside `rec` are hashed when a shard is opened, `rec` carries one crc32c a sample: no number is
+returned before its bytes were checked.
 """
 
 import json
@@ -19,10 +20,10 @@ import xxhash
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from pipeline.codecs import Bytes
 from pipeline.errors import StoreError
-from pipeline.targets import Bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SUFFIX = ".safetensors"
 
 
@@ -42,7 +43,6 @@ class CommitRecord:
     codec: str
     samples: int
     tokens: int
-    token_bytes: int
     bytes: int
     """Size of the shard file."""
     rec_begin: int
@@ -62,24 +62,25 @@ class ShardIndex:
     record: CommitRecord
     sample_ids: tuple[str, ...]
     offsets: NDArray[np.int64]
-    """i64[samples + 1], rows of `rec`."""
+    """i64[samples + 1], positions in `rec`."""
+    tokens: NDArray[np.int64]
+    """i64[samples]"""
     crcs: NDArray[np.uint32]
     """u32[samples]"""
 
-    def read(self, row: int) -> Bytes:
-        """Records u8[T, bytes] of one sample.
+    def read(self, row: int) -> tuple[Bytes, int]:
+        """Bytes u8 of one sample, and its answer tokens.
 
         Raises:
             ShardDamagedError: the bytes on disk do not match their checksum.
         """
         first, last = int(self.offsets[row]), int(self.offsets[row + 1])
-        length = (last - first) * self.record.token_bytes
-        raw = _pread(self.path, length, self.record.rec_begin + first * self.record.token_bytes)
-        if len(raw) != length or crc32c.crc32c(raw) != int(self.crcs[row]):
+        raw = _pread(self.path, last - first, self.record.rec_begin + first)
+        if len(raw) != last - first or crc32c.crc32c(raw) != int(self.crcs[row]):
             sample_id = self.sample_ids[row]
             raise ShardDamagedError(f"{self.path}: sample {sample_id} does not match its checksum")
         # frombuffer is read-only, and torch wants memory that it may write to.
-        return np.frombuffer(bytearray(raw), np.uint8).reshape(last - first, self.record.token_bytes)
+        return np.frombuffer(bytearray(raw), np.uint8), int(self.tokens[row])
 
 
 def shard_path(root: Path, shard: int) -> Path:
@@ -100,18 +101,17 @@ def recorded_shards(root: Path) -> list[int]:
 def write_shard(
     root: Path,
     shard: int,
-    samples: Sequence[tuple[str, Bytes]],
+    samples: Sequence[tuple[str, int, Bytes]],
     *,
     identity: str,
     codec: str,
-    token_bytes: int,
 ) -> CommitRecord:
     """Write and commit one shard. Killed at any moment it leaves either no shard or the whole of it.
 
     Args:
-        samples: (sample_id, records u8[T, token_bytes]); the bytes on disk are a function of these alone.
+        samples: (sample_id, answer tokens, bytes u8); the bytes on disk are a function of these alone.
     """
-    raw = _shard_bytes(samples, token_bytes)
+    raw = _shard_bytes(samples)
     begin, end = _rec_span(raw)
     record = CommitRecord(
         format_version=FORMAT_VERSION,
@@ -119,8 +119,7 @@ def write_shard(
         identity=identity,
         codec=codec,
         samples=len(samples),
-        tokens=sum(len(records) for _, records in samples),
-        token_bytes=token_bytes,
+        tokens=sum(tokens for _, tokens, _ in samples),
         bytes=len(raw),
         rec_begin=begin,
         rec_end=end,
@@ -156,7 +155,8 @@ def open_shard(root: Path, shard: int) -> ShardIndex:
         raise ShardDamagedError(f"{path}: the index does not match the hash in its commit record")
     tensors = _index_tensors(index, record)
     ids = tensors["sample_id"].tobytes().decode().split("\n") if record.samples else []
-    return ShardIndex(path, record, tuple(ids), tensors["off"].view("<i8"), tensors["crc32c"].view("<u4"))
+    offsets, tokens, crcs = tensors["off"].view("<i8"), tensors["tokens"].view("<i8"), tensors["crc32c"].view("<u4")
+    return ShardIndex(path, record, tuple(ids), offsets, tokens, crcs)
 
 
 def check_shard(root: Path, shard: int) -> None:
@@ -243,17 +243,16 @@ def unsealed_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _shard_bytes(samples: Sequence[tuple[str, Bytes]], token_bytes: int) -> bytes:
-    broken = [sample_id for sample_id, _ in samples if not sample_id or "\n" in sample_id]
+def _shard_bytes(samples: Sequence[tuple[str, int, Bytes]]) -> bytes:
+    broken = [sample_id for sample_id, _, _ in samples if not sample_id or "\n" in sample_id]
     if broken:
         raise StoreError(f"sample ids must be non-empty and without line breaks, got {broken[:3]}")
-    empty = np.zeros((0, token_bytes), np.uint8)
-    lengths = np.array([0, *(len(records) for _, records in samples)], np.int64)
-    ids = "\n".join(sample_id for sample_id, _ in samples).encode()
+    ids = "\n".join(sample_id for sample_id, _, _ in samples).encode()
     tensors: dict[str, NDArray[Any]] = {
-        "rec": np.concatenate([empty, *(records for _, records in samples)]),
-        "off": lengths.cumsum(),
-        "crc32c": np.array([crc32c.crc32c(np.ascontiguousarray(r).data) for _, r in samples], np.uint32),
+        "rec": np.concatenate([np.zeros(0, np.uint8), *(raw for _, _, raw in samples)]),
+        "off": np.array([0, *(len(raw) for _, _, raw in samples)], np.int64).cumsum(),
+        "tokens": np.array([tokens for _, tokens, _ in samples], np.int64),
+        "crc32c": np.array([crc32c.crc32c(np.ascontiguousarray(raw).data) for _, _, raw in samples], np.uint32),
         "sample_id": np.frombuffer(ids, np.uint8),
     }
     return save(tensors)
@@ -276,7 +275,7 @@ def _index_tensors(index: bytes, record: CommitRecord) -> dict[str, Bytes]:
     header, data = _header(index)
     cut = record.rec_end - record.rec_begin
     tensors: dict[str, Bytes] = {}
-    for name in ("off", "crc32c", "sample_id"):
+    for name in ("off", "tokens", "crc32c", "sample_id"):
         begin, end = (data + offset for offset in header[name]["data_offsets"])
         shift = cut if begin >= record.rec_end else 0
         tensors[name] = np.frombuffer(index[begin - shift : end - shift], np.uint8)

@@ -17,6 +17,7 @@ import torch
 import xxhash
 from tqdm import tqdm
 
+from pipeline.codecs import CODECS, Bytes, spec_of
 from pipeline.command_line import parse_args
 from pipeline.config import Recipe
 from pipeline.errors import StoreError, run_main
@@ -36,10 +37,10 @@ from pipeline.shards import (
     write_atomic,
     write_shard,
 )
-from pipeline.targets import CODECS, Bytes, SoftTargets
+from pipeline.targets import SoftTargets
 
 Identity = dict[str, Any]
-"""JSON scalars by name; equality is the reuse test. Holds at least `codec`, `top_k` and `vocab_size`."""
+"""JSON scalars by name; equality is the reuse test. Holds at least what `codecs.identity_of` gives."""
 
 REBUILD = "`python -m pipeline.teacher --config RECIPE.yaml` rebuilds the shards that are missing or damaged"
 START_AGAIN = "Delete the folder and run `python -m pipeline.teacher --config RECIPE.yaml` again."
@@ -73,23 +74,23 @@ class StoreWriter:
         """Encode and commit one shard, replacing a damaged one. Atomic against kill -9 and power cuts.
 
         Raises:
-            StoreError: targets of another top_k, a repeated sample id, or two processes writing one shard.
+            StoreError: targets that the codec refuses, a repeated sample id, or two processes writing one shard.
         """
-        vocab_size, top_k = int(self.identity["vocab_size"]), int(self.identity["top_k"])
-        codec = CODECS[self.identity["codec"]]
-        for sample_id, targets in samples:
-            if targets.top_k != top_k:
-                raise StoreError(f"sample {sample_id}: top_k is {targets.top_k}, the store's is {top_k}")
         if len({sample_id for sample_id, _ in samples}) != len(samples):
             raise StoreError(f"shard {shard}: a sample id occurs twice; nothing was written")
         return write_shard(
             self.root,
             shard,
-            [(sample_id, codec.encode(targets, vocab_size)) for sample_id, targets in samples],
+            [(sample_id, len(targets), self._encode(sample_id, targets)) for sample_id, targets in samples],
             identity=identity_digest(self.identity),
             codec=self.identity["codec"],
-            token_bytes=codec.record_bytes(top_k, vocab_size),
         )
+
+    def _encode(self, sample_id: str, targets: SoftTargets) -> Bytes:
+        try:
+            return CODECS[self.identity["codec"]].encode(targets, spec_of(self.identity))
+        except StoreError as error:
+            raise StoreError(f"sample {sample_id}: {error}") from None
 
     def committed(self) -> tuple[set[int], list[str]]:
         """Shards that are whole, and one line for each that is damaged and has to be written again."""
@@ -105,7 +106,7 @@ class SoftTargetStore:
     def __init__(self, root: Path, identity: Identity, shards: Sequence[ShardIndex]) -> None:
         """Index shards that were opened before; use `SoftTargetStore.open`."""
         self.root, self.identity = root, identity
-        self._codec = CODECS[identity["codec"]]
+        self._codec, self._spec = identity["codec"], spec_of(identity)
         self._shards = tuple(shards)
         self._where = {
             sample_id: (number, row)
@@ -145,10 +146,11 @@ class SoftTargetStore:
         Raises:
             StoreError: the sample is not in the store, or its bytes do not match their checksum.
         """
-        return self._codec.decode(self.read_packed(sample_id), self.top_k, int(self.identity["vocab_size"]))
+        raw, tokens = self.read_packed(sample_id)
+        return CODECS[self._codec].decode(raw, tokens, self._spec)
 
-    def read_packed(self, sample_id: str) -> Bytes:
-        """A sample's records u8[T, bytes], checked and not decoded. Raises StoreError as `read`."""
+    def read_packed(self, sample_id: str) -> tuple[Bytes, int]:
+        """A sample's bytes u8, checked and not decoded, and its answer tokens. Raises StoreError as `read`."""
         if sample_id not in self._where:
             raise StoreError(f"{self.root}: no soft targets for sample {sample_id}; {REBUILD}")
         number, row = self._where[sample_id]
@@ -167,11 +169,6 @@ class SoftTargetStore:
     def sample_ids(self) -> list[str]:
         """All sample ids, in shard order."""
         return list(self._where)
-
-    @property
-    def top_k(self) -> int:
-        """K, entries kept per token."""
-        return int(self.identity["top_k"])
 
     @property
     def records(self) -> list[CommitRecord]:
@@ -279,10 +276,11 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
     sample_id = options.sample or store.sample_ids[0]
     targets = store.read(sample_id)
     names = Processor.load(recipe.processor_dir, recipe.data).tokenizer.convert_ids_to_tokens
-    print(f"sample {sample_id}: {len(targets)} answer tokens; most probable first, in %")
+    what = "most often drawn first, in % of the draws" if targets.sampled else "most probable first, in %"
+    print(f"sample {sample_id}: {len(targets)} answer tokens; {what}")
     for row in range(len(targets)):
-        chances = targets.logprobs[row, :5].exp().mul(100).tolist()
-        pairs = zip(names(targets.ids[row, :5].tolist()), chances, strict=True)
+        chances = [chance for chance in targets.logprobs[row, :5].exp().mul(100).tolist() if chance > 0]
+        pairs = zip(names(targets.ids[row, : len(chances)].tolist()), chances, strict=True)
         tail, entropy = 100 * targets.tail_logprob[row].exp(), targets.entropy[row]
         shown = "  ".join(f"{name!r} {chance:.1f}" for name, chance in pairs)
         print(f"{row:4}  H {entropy:5.2f}  tail {tail:5.2f}  {shown}")
@@ -294,11 +292,16 @@ def _stats(recipe: Recipe, options: argparse.Namespace) -> int:
     tokens, sums = 0, torch.zeros(4, dtype=torch.float64)
     for sample_id in tqdm(store.sample_ids, desc="read", unit="sample", disable=None):
         targets = store.read(sample_id)
-        top, gold = targets.logprobs[:, 0], targets.gold_logprob
-        rows = torch.stack([targets.entropy, -gold, top.exp(), targets.tail_logprob.exp()]).double()
-        sums += rows.sum(dim=1)
+        if targets.sampled:
+            kept = [targets.logprobs[:, 0].exp(), targets.logprobs.isfinite().sum(dim=1).float()]
+        else:
+            kept = [targets.logprobs[:, 0].exp(), targets.tail_logprob.exp()]
+        sums += torch.stack([targets.entropy, -targets.gold_logprob, *kept]).double().sum(dim=1)
         tokens += len(targets)
-    names = ("entropy (nats)", "cross-entropy (nats)", "top-1 probability", "tail mass")
+    of_kept = (
+        ("largest share", "ids drawn") if store.identity["codec"] == "sampled" else ("top-1 probability", "tail mass")
+    )
+    names = ("entropy (nats)", "cross-entropy (nats)", *of_kept)
     for name, mean in zip(names, (sums / max(tokens, 1)).tolist(), strict=True):
         print(f"{name:22} {mean:.4f}")
     size = sum(record.bytes for record in store.records)

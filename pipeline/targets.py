@@ -1,47 +1,40 @@
-"""Soft targets of a teacher: from logits to a sparse view, and from there to bytes and back.
+"""Soft targets of a teacher: a sparse view of its distribution at every answer token, made from logits.
 
-Shape suffixes: T = answer tokens (`<|im_end|>` included, in order), V = vocabulary, K = entries kept a token.
-Everything is in nats, at the softmax temperature the targets were made with.
+Shape suffixes: T = answer tokens (`<|im_end|>` included, in order), V = vocabulary, K = entries a token, N = draws.
+Everything is in nats, at the softmax temperature the targets were made with. `codecs` turns them into bytes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
+import xxhash
 from torch import Tensor
 
 from pipeline.errors import StoreError
-
-Bytes = NDArray[np.uint8]
-
-LOGPROB_FLOOR = 32.0
-"""Kept entries further than this below the top one are stored at this distance: e^-32 of its probability."""
-_LEVELS = 255
-_ROWS_AT_ONCE = 4096
-"""Rows coded together: the working set stays in the processor's cache."""
-_FLOATS = 5
-"""f16 values per record: top log-prob, range, log tail, gold log-prob, entropy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SoftTargets:
     """What is kept of the teacher's distribution p, one row per answer token [METHOD section 1].
 
-    Ranks descend: column 0 holds the most probable token. Head and tail together sum to 1.
+    Either the top K with the mass of the rest, or draws from p with their shares. Ranks descend: column 0 holds the
+    most probable token, or the one drawn most often. Head and tail together sum to 1.
     """
 
     ids: Tensor
-    """i64[T, K], distinct within a row."""
+    """i64[T, K], distinct within a row (but for padding)."""
     logprobs: Tensor
-    """f32[T, K], log p of `ids`."""
+    """f32[T, K], log p of `ids`; of sampled targets log of an id's share of the draws, -inf where a row is padded."""
     tail_logprob: Tensor
-    """f32[T], log of the mass outside the top K; -inf if there is none."""
+    """f32[T], log of the mass outside the top K; -inf if there is none, and of sampled targets."""
     gold_logprob: Tensor
     """f32[T], log p of the token that the data set has."""
     entropy: Tensor
     """f32[T], H(p) over the whole vocabulary."""
+    sampled: bool = False
+    """The rows are draws: an unbiased estimate of p, not its head. KL(p || q) is then -sum_k share log q - entropy."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -53,11 +46,24 @@ class SoftTargets:
 
     def rows(self, index: slice | Tensor) -> "SoftTargets":
         """The selected rows, as views where the index allows it."""
-        return SoftTargets(*(getattr(self, f.name)[index] for f in fields(self)))
+        return self._each(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str) -> "SoftTargets":
         """The same targets on another device."""
-        return SoftTargets(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def padded(self, top_k: int) -> "SoftTargets":
+        """Sampled targets with more columns, which no draw fell on."""
+        more = (0, top_k - self.top_k)
+        ids, shares = F.pad(self.ids, more), F.pad(self.logprobs, more, value=float("-inf"))
+        return SoftTargets(ids, shares, self.tail_logprob, self.gold_logprob, self.entropy, self.sampled)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
+        ids, logprobs, tail, gold, entropy = map(change, self._tensors())
+        return SoftTargets(ids, logprobs, tail, gold, entropy, self.sampled)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.ids, self.logprobs, self.tail_logprob, self.gold_logprob, self.entropy
 
 
 def clipped_top_k(top_k: int, vocab_size: int) -> int:
@@ -77,163 +83,87 @@ def from_logits(logits_TV: Tensor, gold_T: Tensor, top_k: int, temperature: floa
     Raises:
         StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
-    log_p_TV = torch.log_softmax(logits_TV.float() / temperature, dim=-1)
+    log_p_TV = _log_softmax(logits_TV, temperature)
+    gold_logprob_T, entropy_T = _gold_and_entropy(log_p_TV, gold_T)
     logprobs_TK, ids_TK = log_p_TV.topk(clipped_top_k(top_k, log_p_TV.shape[-1]), dim=-1)
-    if not torch.isfinite(logprobs_TK[:, :1]).all():
-        raise StoreError("the teacher's logits are not finite, so they are no distribution")
-    gold_logprob_T = log_p_TV.gather(-1, gold_T[:, None])[:, 0]
-    entropy_T = torch.special.entr(log_p_TV.exp()).sum(dim=-1)
     # Exact tail: 1 - sum_k p_k would cancel once the teacher is sharp.
     tail_T = log_p_TV.scatter_(-1, ids_TK, float("-inf")).logsumexp(dim=-1)
     return SoftTargets(ids_TK, logprobs_TK, tail_T, gold_logprob_T, entropy_T)
 
 
-def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:
-    """Rows of all parts in order; K must agree.
+def drawn_from_logits(
+    logits_TV: Tensor, gold_T: Tensor, draws: int, temperature: float, offsets_T: Tensor
+) -> SoftTargets:
+    """N draws with replacement from softmax(logits / temperature), as shares of ids; exact log p(gold) and H(p).
+
+    The gradient of the cross-entropy to the shares is an unbiased estimate of the one to p [published: random sampling
+    KD, arXiv:2503.16870]. Draw n is p's quantile at (n + u) / N with one u a row, so a token is drawn floor(N p) or
+    ceil(N p) times: less noise than independent draws [published: systematic sampling, Kitagawa 1996; here ours].
+
+    Args:
+        logits_TV, gold_T, temperature: as in `from_logits`.
+        draws: N.
+        offsets_T: u in [0, 1), f64; a function of the sample and the token alone (`draw_offsets`).
 
     Raises:
-        StoreError: nothing to concatenate, or parts with different K.
+        StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
+    log_p_TV = _log_softmax(logits_TV, temperature)
+    gold_logprob_T, entropy_T = _gold_and_entropy(log_p_TV, gold_T)
+    # In integers: a sum of floats would depend on the order of adding. The scaling by 2^40 is exact.
+    mass_TV = (log_p_TV.exp_() * 2.0**40).long().cumsum(dim=-1)
+    quantile_TN = (torch.arange(draws, device=offsets_T.device) + offsets_T[:, None]) / draws
+    total_T1 = mass_TV[:, -1:]
+    # u close to 1 may be rounded up to the next draw's place, the last one's beyond the end.
+    ids_TN = torch.searchsorted(mass_TV, (quantile_TN * total_T1).long().minimum(total_T1 - 1), right=True)
+    ids_TK, counts_TK = _counted(ids_TN)
+    nothing_T = torch.full_like(entropy_T, float("-inf"))
+    return SoftTargets(ids_TK, (counts_TK / draws).log(), nothing_T, gold_logprob_T, entropy_T, sampled=True)
+
+
+def draw_offsets(sample_id: str, tokens: int) -> Tensor:
+    """u of each answer token for `drawn_from_logits`, f64[T] in [0, 1): the same in every run and batch."""
+    hashes = (xxhash.xxh3_64_intdigest(f"{sample_id}\n{t}") for t in range(tokens))
+    return torch.tensor([(h >> 11) * 2.0**-53 for h in hashes], dtype=torch.float64)
+
+
+def _counted(ids_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids [T, K] and their counts of rows that ascend; most frequent first, then by id. Padded with 0, 0."""
+    is_new_TN = torch.ones_like(ids_TN)
+    is_new_TN[:, 1:] = ids_TN[:, 1:] != ids_TN[:, :-1]
+    slot_TN = is_new_TN.cumsum(dim=1) - 1
+    width = int(slot_TN.max()) + 1 if len(ids_TN) else 1
+    empty_TK = ids_TN.new_zeros(len(ids_TN), width)
+    counts_TK = empty_TK.scatter_add(1, slot_TN, torch.ones_like(ids_TN))
+    counts_TK, order_TK = counts_TK.sort(dim=1, descending=True, stable=True)
+    return empty_TK.scatter(1, slot_TN, ids_TN).gather(1, order_TK), counts_TK
+
+
+def _log_softmax(logits_TV: Tensor, temperature: float) -> Tensor:
+    log_p_TV = torch.log_softmax(logits_TV.float() / temperature, dim=-1)
+    if not torch.isfinite(log_p_TV.amax(dim=-1)).all():
+        raise StoreError("the teacher's logits are not finite, so they are no distribution")
+    return log_p_TV
+
+
+def _gold_and_entropy(log_p_TV: Tensor, gold_T: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(gold) and H(p), both [T]."""
+    return log_p_TV.gather(-1, gold_T[:, None])[:, 0], torch.special.entr(log_p_TV.exp()).sum(dim=-1)
+
+
+def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:
+    """Rows of all parts in order. K must agree; sampled parts are padded to the widest.
+
+    Raises:
+        StoreError: nothing to concatenate, parts with different K, or sampled and other parts.
+    """
+    if len({part.sampled for part in parts}) > 1:
+        raise StoreError("sampled and top-k soft targets cannot be joined")
     widths = sorted({part.top_k for part in parts})
+    if len(widths) > 1 and parts[0].sampled:
+        parts, widths = [part.padded(widths[-1]) for part in parts], widths[-1:]
     if len(widths) != 1:
         raise StoreError(f"soft targets can be joined only at one top_k, got {widths or 'no parts'}")
-    return SoftTargets(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(SoftTargets)))
-
-
-@dataclass(frozen=True, slots=True)
-class Codec:
-    """A way to turn targets into records of equal size, u8[T, record_bytes(K, V)], and back."""
-
-    encode: Callable[[SoftTargets, int], Bytes]
-    """(targets, vocab_size) -> u8[T, bytes]"""
-    decode: Callable[[Bytes, int, int], SoftTargets]
-    """(records, top_k, vocab_size) -> targets"""
-    record_bytes: Callable[[int, int], int]
-    """(top_k, vocab_size) -> bytes per token"""
-
-
-def id_bits(vocab_size: int) -> int:
-    """Bits of a packed token id, ceil(log2 V): 18 for 151,936."""
-    return max(1, (vocab_size - 1).bit_length())
-
-
-def packed8_record_bytes(top_k: int, vocab_size: int) -> int:
-    """Bytes per token: packed ids, K 8-bit log-probabilities, five f16."""
-    return -(-top_k * id_bits(vocab_size) // 8) + top_k + 2 * _FLOATS
-
-
-def encode_packed8(targets: SoftTargets, vocab_size: int) -> Bytes:
-    """Records of ids at ceil(log2 V) bits, log-probs at 8 bits over [lp_K, lp_1], and five f16 [ours].
-
-    Raises:
-        StoreError: an id outside [0, V), or K outside [1, V).
-    """
-    top_k = targets.top_k
-    if not 1 <= top_k < vocab_size:
-        raise StoreError(f"top_k {top_k} must lie in [1, {vocab_size - 1}] for a vocabulary of {vocab_size}")
-    ids_TK = targets.ids.cpu().numpy()
-    if ids_TK.size and not 0 <= ids_TK.min() <= ids_TK.max() < vocab_size:
-        raise StoreError(f"token ids {ids_TK.min()}..{ids_TK.max()} do not fit a vocabulary of {vocab_size}")
-    split = packed8_record_bytes(top_k, vocab_size) - 2 * _FLOATS - top_k
-    records = np.empty((len(targets), packed8_record_bytes(top_k, vocab_size)), np.uint8)
-    for start in range(0, len(targets), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        codes_TK, floats_T5 = _quantise(targets.rows(rows))
-        records[rows, :split] = _pack(ids_TK[rows].astype(np.uint32), id_bits(vocab_size))
-        records[rows, split : -2 * _FLOATS] = codes_TK
-        records[rows, -2 * _FLOATS :] = floats_T5.view(np.uint8)
-    return records
-
-
-def decode_packed8(records: Bytes, top_k: int, vocab_size: int) -> SoftTargets:
-    """Targets of packed8 records. Head and tail are rescaled to sum to 1: a KL of them stays >= 0 [ours].
-
-    Raises:
-        StoreError: records of another width than top_k and the vocabulary ask for.
-    """
-    width = packed8_record_bytes(top_k, vocab_size)
-    if records.ndim != 2 or records.shape[1] != width:
-        raise StoreError(
-            f"records have shape {records.shape}; top_k {top_k} and V {vocab_size} take {width} bytes a token"
-        )
-    split = width - 2 * _FLOATS - top_k
-    parts = [
-        _decode_rows(records[start : start + _ROWS_AT_ONCE], split, top_k, vocab_size)
-        for start in range(0, max(len(records), 1), _ROWS_AT_ONCE)
-    ]
-    return parts[0] if len(parts) == 1 else concatenate(parts)
-
-
-def _decode_rows(records: Bytes, split: int, top_k: int, vocab_size: int) -> SoftTargets:
-    ids_TK = _unpack(records[:, :split], top_k, id_bits(vocab_size))
-    floats_T5 = np.ascontiguousarray(records[:, -2 * _FLOATS :]).view("<f2").astype(np.float32)
-    codes_TK = records[:, split : -2 * _FLOATS].astype(np.float32)
-    top_T1, range_T1 = floats_T5[:, 0:1], floats_T5[:, 1:2]
-    head = torch.from_numpy((codes_TK - _LEVELS) * (range_T1 / _LEVELS) + top_T1)
-    floats = torch.from_numpy(floats_T5)
-    total_T = torch.logaddexp(head.logsumexp(dim=-1), floats[:, 2])
-    return SoftTargets(
-        ids=torch.from_numpy(ids_TK.astype(np.int64)),
-        logprobs=head - total_T[:, None],
-        tail_logprob=floats[:, 2] - total_T,
-        gold_logprob=floats[:, 3].clone(),
-        entropy=floats[:, 4].clone(),
-    )
-
-
-def _quantise(targets: SoftTargets) -> tuple[Bytes, NDArray[np.float16]]:
-    """Codes u8[T, K] (255 = lp_1) and f16[T, 5]."""
-    logprobs_TK = targets.logprobs.float().cpu().numpy()
-    top_T1 = logprobs_TK[:, :1]
-    below_TK = np.minimum(top_T1 - logprobs_TK, LOGPROB_FLOOR)
-    range_T1 = below_TK[:, -1:].astype(np.float16)
-    # Steps of the range *as stored*: its rounding to f16 then costs nothing.
-    step_T1 = np.maximum(range_T1.astype(np.float32), np.finfo(np.float32).tiny) / _LEVELS
-    codes_TK = _LEVELS - np.clip(np.rint(below_TK / step_T1), 0, _LEVELS)
-    singles = (targets.tail_logprob, targets.gold_logprob, targets.entropy)
-    columns = [top_T1, range_T1, *(single.float().cpu().numpy()[:, None] for single in singles)]
-    with np.errstate(over="ignore"):  # below -65,504 nats f16 says -inf, which is what it means
-        return codes_TK.astype(np.uint8), np.concatenate(columns, axis=1, dtype="<f2", casting="unsafe")
-
-
-def _pack(ids_TK: NDArray[np.uint32], bits: int) -> Bytes:
-    """Little-endian bit stream of each row, u8[T, ceil(K * bits / 8)]; 8 ids fill `bits` whole bytes."""
-    rows, top_k = ids_TK.shape
-    groups = -(-top_k // 8)
-    padded = np.zeros((rows, groups * 8), np.uint32)
-    padded[:, :top_k] = ids_TK
-    slots = np.ascontiguousarray(padded.reshape(-1, 8).T)
-    planes = np.zeros((bits, rows * groups), np.uint8)
-    for slot, (first, shift, touched) in enumerate(_layout(bits)):
-        value = slots[slot] << np.uint32(shift)
-        for byte in range(touched):
-            planes[first + byte] |= (value >> np.uint32(8 * byte)).astype(np.uint8)
-    return np.ascontiguousarray(planes.T).reshape(rows, groups * bits)[:, : -(-top_k * bits // 8)]
-
-
-def _unpack(packed: Bytes, top_k: int, bits: int) -> NDArray[np.uint32]:
-    """Inverse of `_pack`: u32[T, K]."""
-    rows, groups = packed.shape[0], -(-top_k // 8)
-    padded = np.zeros((rows, groups * bits), np.uint8)
-    padded[:, : packed.shape[1]] = packed
-    planes = np.ascontiguousarray(padded.reshape(-1, bits).T)
-    slots = np.empty((8, rows * groups), np.uint32)
-    for slot, (first, shift, touched) in enumerate(_layout(bits)):
-        value = planes[first].astype(np.uint32)
-        for byte in range(1, touched):
-            value |= planes[first + byte].astype(np.uint32) << np.uint32(8 * byte)
-        slots[slot] = (value >> np.uint32(shift)) & np.uint32((1 << bits) - 1)
-    return np.ascontiguousarray(slots.T).reshape(rows, groups * 8)[:, :top_k]
-
-
-def _layout(bits: int) -> list[tuple[int, int, int]]:
-    """For each of 8 ids in a group: its first byte, its shift within that byte, the bytes it touches."""
-    assert bits <= 25, "a shifted id must fit 32 bits"
-    starts = [divmod(slot * bits, 8) for slot in range(8)]
-    return [(first, shift, -(-(shift + bits) // 8)) for first, shift in starts]
-
-
-CODECS: dict[str, Codec] = {"packed8": Codec(encode_packed8, decode_packed8, packed8_record_bytes)}
-"""Codecs by the name that stands in a store's manifest. A name's bytes never change their meaning."""
-
-DEFAULT_CODEC = "packed8"
+    columns = zip(*(part._tensors() for part in parts), strict=True)
+    ids, logprobs, tail, gold, entropy = map(torch.cat, columns)
+    return SoftTargets(ids, logprobs, tail, gold, entropy, parts[0].sampled)

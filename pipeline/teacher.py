@@ -8,6 +8,7 @@ Shapes: B samples, S sequence, D width, N answer tokens of a batch, V vocabulary
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
+from pipeline.codecs import CODECS, identity_of, make_spec
 from pipeline.command_line import parse_args
-from pipeline.config import Recipe
+from pipeline.config import Recipe, TargetsConfig
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
 from pipeline.models import batch_attention, check_compatible, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
 from pipeline.shards import FORMAT_VERSION
 from pipeline.store import Identity, StoreWriter
-from pipeline.targets import DEFAULT_CODEC, SoftTargets, clipped_top_k, concatenate, from_logits
+from pipeline.targets import SoftTargets, concatenate, draw_offsets
 
 WINDOW_BATCHES = 8
 """Batches whose samples are encoded together and sorted by length: little padding, bounded memory."""
@@ -95,10 +97,8 @@ def expected_identity(recipe: Recipe, processor: Processor, samples: Sequence[Sa
     vocab_size = _vocab_size(teacher_dir)
     return {
         "format_version": FORMAT_VERSION,
-        "codec": DEFAULT_CODEC,
-        "top_k": clipped_top_k(recipe.targets.top_k, vocab_size),
+        **identity_of(recipe.targets.codec, make_spec(recipe.targets, vocab_size)),
         "temperature": recipe.targets.temperature,
-        "vocab_size": vocab_size,
         "teacher_weights": weights_hash(teacher_dir),
         **{f"processor_{name}": value for name, value in processor.identity().items()},
         "dataset": dataset_fingerprint(samples),
@@ -116,12 +116,13 @@ def dataset_fingerprint(samples: Sequence[Sample]) -> str:
 
 
 @torch.no_grad()
-def batch_targets(model: PreTrainedModel, batch: Batch, top_k: int, temperature: float) -> list[SoftTargets]:
+def batch_targets(model: PreTrainedModel, batch: Batch, settings: TargetsConfig) -> list[SoftTargets]:
     """Soft targets of each sample of a batch. Logits exist only for the rows that predict an answer token.
 
     Args:
         model: in evaluation mode, on the device that computes.
         batch: padded on the right, labels not shifted.
+        settings: codec, its settings, temperature.
 
     Raises:
         StoreError: the teacher's logits are not finite.
@@ -136,15 +137,18 @@ def batch_targets(model: PreTrainedModel, batch: Batch, top_k: int, temperature:
     gold_N = batch["labels"][sample_N, position_N].to(device)
     rows_ND = hidden_BSD[sample_N.to(device), position_N.to(device) - 1]  # row t - 1 predicts token t
     head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    counts = answer_BS.sum(dim=1).tolist()
+    offsets_N = torch.cat([draw_offsets(*pair) for pair in zip(batch["sample_ids"], counts, strict=True)]).to(device)
     step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    keep, spec = CODECS[settings.codec].keep, make_spec(settings, head.weight.shape[0])
     try:
         parts = [
-            from_logits(head(rows_ND[i : i + step]), gold_N[i : i + step], top_k, temperature).to("cpu")
-            for i in range(0, max(len(rows_ND), 1), step)
+            keep(head(rows_ND[s]), gold_N[s], offsets_N[s], settings.temperature, spec).to("cpu")
+            for s in (slice(i, i + step) for i in range(0, max(len(rows_ND), 1), step))
         ]
     except StoreError as error:
         raise StoreError(f"{error} (samples {batch['sample_ids']}). The shard was not written.") from None
-    targets, ends = concatenate(parts), answer_BS.sum(dim=1).cumsum(dim=0).tolist()
+    targets, ends = concatenate(parts), list(itertools.accumulate(counts))
     return [targets.rows(slice(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
@@ -189,7 +193,7 @@ def _write_shards(
     with tqdm(total=sum(map(len, todo.values())), desc="teacher pass", unit="sample", disable=None) as bar:
         for shard, batches in _encoded_windows(recipe, processor, todo):
             for batch in batches:
-                targets = batch_targets(model, batch, recipe.targets.top_k, recipe.targets.temperature)
+                targets = batch_targets(model, batch, recipe.targets)
                 done.update(zip(batch["sample_ids"], targets, strict=True))
                 bar.update(len(targets))
             if len(done) == len(todo[shard]):

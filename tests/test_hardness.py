@@ -249,7 +249,7 @@ def make_samples(num_samples=20):
 
 def write_store(root, samples, doubt):
     """A store in which the later samples make the teacher doubt `doubt` times as much."""
-    identity = {"codec": "packed8", "top_k": 4, "vocab_size": 30, "doubt": doubt}
+    identity = {"codec": "packed", "bits": 7, "top_k": 4, "vocab_size": 30, "doubt": doubt}
     writer = StoreWriter(root, identity, num_samples=len(samples), shard_samples=len(samples))
     targets = [(s.sample_id, soft_targets(20.0 / (1 + doubt * i), "best")) for i, s in enumerate(samples)]
     writer.write_shard(0, targets)

@@ -6,9 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors config command_line data scene_world scene_brush scene_sprites scene_art scene_text scenes scoring "
-    "tokenizer processor vision targets shards store losses fused_head models hf_folder teacher hardness curriculum "
-    "plan moe student engine_state checkpoint export metrics batches step runtime train experts generate latency "
-    "results evaluate report_plots report_data report demo"
+    "tokenizer processor vision targets packing codecs shards store losses fused_head models hf_folder leases teacher "
+    "hardness curriculum plan moe student engine_state checkpoint export metrics batches step runtime train experts "
+    "generate latency results evaluate report_plots report_data report demo"
 ).split()
 
 

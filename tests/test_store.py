@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_targets import random_targets, roundtrip
+from test_codecs import roundtrip
+from test_targets import random_draws, random_targets
 
 from pipeline import store as store_module
 from pipeline.errors import StoreError
@@ -15,8 +16,9 @@ from pipeline.store import SoftTargetStore, StoreWriter, damaged_shards
 
 VOCAB, TOP_K = 700, 8
 IDENTITY = {
-    "codec": "packed8",
+    "codec": "packed",
     "top_k": TOP_K,
+    "bits": 7,
     "vocab_size": VOCAB,
     "temperature": 1.0,
     "teacher_weights": "aa11",
@@ -65,14 +67,21 @@ def test_every_sample_comes_back_under_its_id(written):
     assert stored.keys() == SAMPLES.keys()
     for sample_id, targets in SAMPLES.items():
         wanted = roundtrip(targets, VOCAB)
-        for field in dataclasses.fields(wanted):
-            assert torch.equal(getattr(stored[sample_id], field.name), getattr(wanted, field.name))
+        assert_same(stored[sample_id], wanted)
+
+
+def assert_same(got, wanted):
+    for field in dataclasses.fields(wanted):
+        one, other = getattr(got, field.name), getattr(wanted, field.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_shard_is_plain_safetensors(written):
     tensors = load_file(shard_path(written, 0))
-    assert tensors["rec"].shape == (13, 10 + TOP_K + 10)  # 8 ids of 10 bits, 8 log-probs, 5 f16
-    assert tensors["off"].tolist() == [0, 3, 4, 13]
+    width = 16 + 10  # 8 ids of 10 bits and 6 log-probs of 7, in whole bytes; 5 f16
+    assert tensors["rec"].shape == (13 * width,)
+    assert tensors["off"].tolist() == [0, 3 * width, 4 * width, 13 * width]
+    assert tensors["tokens"].tolist() == [3, 1, 9]
     assert bytes(tensors["sample_id"].tolist()).decode().split("\n") == ["id-0-0", "id-0-1", "id-0-2"]
 
 
@@ -229,8 +238,8 @@ def test_another_layout_is_refused(root):
 
 
 def test_an_unknown_codec_is_refused(tmp_path):
-    open_writer(tmp_path, codec="packed9")
-    with pytest.raises(StoreError, match=r"unknown codec 'packed9'; known here: \['packed8'\]"):
+    open_writer(tmp_path, codec="packed8")
+    with pytest.raises(StoreError, match=r"unknown codec 'packed8'; known here: \['compact', 'packed', 'sampled'\]"):
         SoftTargetStore.open(tmp_path, None)
 
 
@@ -295,3 +304,27 @@ def test_stats(root, capsys):
     out = capsys.readouterr().out
     entropy = torch.cat([targets.entropy for targets in SAMPLES.values()]).mean().item()
     assert f"entropy (nats)         {entropy:.3f}"[:-1] in out
+
+
+def write_drawn(root):
+    samples = [(sample_id, random_draws(len(t), VOCAB, 20, seed=n)) for n, (sample_id, t) in enumerate(SAMPLES.items())]
+    identity = {k: v for k, v in IDENTITY.items() if k not in ("top_k", "bits")} | {"codec": "sampled", "draws": 20}
+    writer = StoreWriter(root, identity, num_samples=7, shard_samples=4)
+    writer.write_shard(0, samples[:4])
+    writer.write_shard(1, samples[4:])
+    return dict(samples)
+
+
+def test_records_of_varying_size(tmp_path, capsys):
+    samples = write_drawn(tmp_path / "store")
+    store = SoftTargetStore.open(tmp_path / "store", None)
+    assert store.verify() == []
+    for sample_id, targets in samples.items():
+        got = store.read(sample_id)
+        assert got.sampled
+        assert torch.equal(got.ids, targets.ids[:, : got.top_k])
+        torch.testing.assert_close(got.logprobs, targets.logprobs[:, : got.top_k])
+        torch.testing.assert_close(got.entropy, targets.entropy, rtol=1e-3, atol=1e-3)
+    distinct = torch.cat([targets.logprobs.isfinite().sum(1) for targets in samples.values()]).float().mean()
+    assert command(tmp_path / "store", "stats") == 0
+    assert f"ids drawn              {distinct:.4f}" in capsys.readouterr().out

@@ -129,7 +129,7 @@ def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished):
     rows = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
     batch = collate(encoded, processor.pad_id, processor.image_token_id)
-    targets = batch_targets(model, batch, TOP_K, TEMPERATURE)
+    targets = batch_targets(model, batch, finished.targets)
     hook.remove()
     assert sum(rows) == sum(len(t) for t in targets)  # the full [B, S, V] never existed
     for sample, got in zip(chosen, targets, strict=True):
@@ -161,6 +161,43 @@ def test_the_stage_stores_every_sample_under_its_id_within_the_codec(finished):
         error, tokens = error + kl.sum().item(), tokens + len(gold)
     assert -1e-6 < error / tokens < 5e-5
     assert sum(record.tokens for record in store.records) == tokens
+
+
+def test_sampled_targets_are_draws_from_the_teacher(run, finished, tmp_path):
+    """Whatever the batches: each token's counts are its probabilities times the draws, rounded down or up."""
+    recipe = elsewhere(run, tmp_path / "store", "targets.codec=sampled", "targets.draws=40")
+    assert run_pass(recipe).samples == SAMPLES
+    again = elsewhere(run, tmp_path / "again", "targets.codec=sampled", "targets.draws=40", "targets.batch_size=3")
+    assert [run_pass(again, worker, 2).shards for worker in (1, 0)] == [2, 3]
+    processor, samples, model = parts(recipe)
+    identity = expected_identity(recipe, processor, samples)
+    assert "top_k" not in identity and identity["draws"] == 40
+    store = SoftTargetStore.open(recipe.store_dir, identity)
+    other = SoftTargetStore.open(again.store_dir, identity)
+    for sample in samples:
+        gold, log_p = alone(model, processor, sample)
+        got = store.read(sample.sample_id)
+        assert got.sampled and len(got) == len(gold)
+        counts = torch.zeros_like(log_p).scatter_add(-1, got.ids, got.logprobs.double().exp() * 40)
+        assert (counts - 40 * log_p.exp()).abs().max() < 1.02
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(got.entropy, entropy, rtol=1e-3, atol=1e-3, check_dtype=False)
+        # Logits of other batches differ in the last bit, which a draw on the edge between two tokens may notice.
+        assert torch.equal(other.read(sample.sample_id).ids[:, 0], got.ids[:, 0])
+
+
+@pytest.mark.parametrize("codec", ["compact", "sampled"])
+def test_people_can_look_at_every_codec(run, tmp_path, capsys, codec):
+    recipe = elsewhere(run, tmp_path / "store", f"targets.codec={codec}")
+    run_pass(recipe)
+    overrides = ["--config", str(run / "recipe.yaml"), f"targets.store={tmp_path / 'store'}"]
+    assert inspect_store(["inspect", *overrides]) == 0
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("   0  H"))
+    shares = [float(part.rsplit(" ", 1)[1]) for part in row.split("  ") if "'" in part]
+    assert shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 100.3
+    assert inspect_store(["stats", *overrides]) == 0
+    assert ("ids drawn" if codec == "sampled" else "tail mass") in capsys.readouterr().out
 
 
 def test_a_second_run_has_nothing_to_do(finished, capsys):
@@ -217,6 +254,8 @@ def reword(run: Path) -> None:
         (reword, [], "dataset"),
         (None, ["targets.temperature=1.0"], "temperature: store 2.0, this run 1.0"),
         (None, ["targets.top_k=8"], "top_k: store 16, this run 8"),
+        (None, ["targets.bits=8"], "bits: store 7, this run 8"),
+        (None, ["targets.codec=sampled", "targets.draws=9"], "draws: store None, this run 9"),
         (None, ["data.max_pixels=4096"], "processor_image_processor"),
     ],
 )
@@ -236,7 +275,7 @@ def test_a_teacher_that_gives_nan_writes_nothing(finished):
     model.model.language_model.norm.weight.data[3] = float("nan")
     batch = collate([processor.encode(samples[0])], processor.pad_id, processor.image_token_id)
     with pytest.raises(StoreError, match=f"not finite.*{samples[0].sample_id}"):
-        batch_targets(model, batch, TOP_K, TEMPERATURE)
+        batch_targets(model, batch, finished.targets)
 
 
 def test_user_errors(run, tmp_path):

@@ -1,0 +1,315 @@
+"""Codecs of soft targets: bytes of a sample's answer tokens, and back.
+
+Shape suffixes: T = answer tokens, K = entries kept a token, V = vocabulary, W = bytes a token.
+Bytes at V = 151,936 (id width 18): `packed` 109 and `compact` 87 a token for K = 32, 209 and 156 for K = 64, with the
+gold log-prob, the entropy and the tail; `sampled` about 35 for 64 draws.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import packing
+from pipeline.config import TargetsConfig
+from pipeline.errors import StoreError
+from pipeline.targets import SoftTargets, clipped_top_k, drawn_from_logits, from_logits
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a codec must know. The fields that it uses are part of a store's identity."""
+
+    vocab_size: int
+    top_k: int = 0
+    """K, in [1, V)."""
+    bits: int = 0
+    """Bits of a log-probability's code, 4..8."""
+    draws: int = 0
+    """Draws a token, 1..255."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A way to keep a teacher's distribution and to store it."""
+
+    uses: tuple[str, ...]
+    """Fields of `Spec` besides vocab_size."""
+    default_bits: int
+    keep: Callable[[Tensor, Tensor, Tensor, float, Spec], SoftTargets]
+    """(logits_TV, gold_T, offsets_T, temperature, spec) -> what of the distribution is kept"""
+    encode: Callable[[SoftTargets, Spec], Bytes]
+    """(targets, spec) -> u8, one-dimensional"""
+    decode: Callable[[Bytes, int, Spec], SoftTargets]
+    """(bytes, T, spec) -> targets"""
+
+
+def make_spec(settings: TargetsConfig, vocab_size: int) -> Spec:
+    """The recipe's settings for a vocabulary; those that its codec does not use stay 0."""
+    codec = CODECS[settings.codec]
+    wanted = {
+        "top_k": clipped_top_k(settings.top_k, vocab_size),
+        "bits": settings.bits or codec.default_bits,
+        "draws": settings.draws,
+    }
+    return Spec(vocab_size, **{name: wanted[name] for name in codec.uses})
+
+
+def identity_of(codec: str, spec: Spec) -> dict[str, Any]:
+    """What a store's identity says about its codec."""
+    return {"codec": codec, "vocab_size": spec.vocab_size} | {f: getattr(spec, f) for f in CODECS[codec].uses}
+
+
+def spec_of(identity: Mapping[str, Any]) -> Spec:
+    """Inverse of `identity_of`."""
+    return Spec(int(identity["vocab_size"]), **{f: int(identity[f]) for f in CODECS[identity["codec"]].uses})
+
+
+def id_bits(vocab_size: int) -> int:
+    """Bits of a token id, ceil(log2 V): 18 for 151,936."""
+    return max(1, (vocab_size - 1).bit_length())
+
+
+# -- packed ------------------------------------------------------------------------------------------------
+
+
+def packed_bytes(spec: Spec) -> int:
+    """W of `packed`: K ids, K - 2 codes, five f16."""
+    return -(-(spec.top_k * id_bits(spec.vocab_size) + max(spec.top_k - 2, 0) * spec.bits) // 8) + 2 * packing.FLOATS
+
+
+def encode_packed(targets: SoftTargets, spec: Spec) -> Bytes:
+    """Ids in order of probability at ceil(log2 V) bits, each log-prob as the step from the one above [ours].
+
+    The steps share the row's widest one as their scale, which is far finer than the whole range: the first step, the
+    widest by far in most rows, is an f16 of its own. lp_1 follows from head and tail summing to 1.
+
+    Raises:
+        StoreError: targets of another kind or K, an id outside [0, V), log-probs that are not finite or do not descend.
+    """
+    ids_TK, logprobs_TK, tail_T, floats_T5 = _arrays(targets, spec)
+    records_TW = np.empty((len(targets), packed_bytes(spec)), np.uint8)
+    width = id_bits(spec.vocab_size)
+    found = packing.encode_packed(ids_TK, logprobs_TK, tail_T, spec.vocab_size, width, spec.bits, records_TW, floats_T5)
+    _refuse(found, ids_TK, spec)
+    return _with_floats(records_TW, floats_T5)
+
+
+def decode_packed(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
+    """Targets of `encode_packed`, head and tail summing to 1: a KL of them stays >= 0.
+
+    Raises:
+        StoreError: another number of bytes than the tokens take.
+    """
+    records_TW = _records(raw, tokens, packed_bytes(spec), spec)
+    floats_T5, ids_TK, logprobs_TK, tail_T = _room(records_TW, spec)
+    packing.decode_packed(records_TW, floats_T5, id_bits(spec.vocab_size), spec.bits, ids_TK, logprobs_TK, tail_T)
+    return _targets(ids_TK, logprobs_TK, tail_T, floats_T5)
+
+
+# -- compact -----------------------------------------------------------------------------------------------
+
+
+def low_bits(spec: Spec) -> int:
+    """Bits of an id that Elias-Fano stores as they are: those that make the record smallest."""
+    return min(range(id_bits(spec.vocab_size)), key=lambda low: spec.top_k * low + _highest(spec, low))
+
+
+def _highest(spec: Spec, low: int) -> int:
+    """The largest high part of an id: zeros in the unary part, which has a one for each id too."""
+    return (spec.vocab_size - 1) >> low
+
+
+def compact_bytes(spec: Spec) -> int:
+    """W of `compact`: K low parts with a code each, the high parts in unary, five f16."""
+    low = low_bits(spec)
+    bits = spec.top_k * (low + spec.bits) + spec.top_k + _highest(spec, low)
+    return -(-bits // 8) + 2 * packing.FLOATS
+
+
+def encode_compact(targets: SoftTargets, spec: Spec) -> Bytes:
+    """Ids as a set, about 2 bits an id above the least possible [published: Elias-Fano], log-probs in order of id.
+
+    A log-prob's code counts even steps of the bent distance between x_2 and x_K; the top one has a code of its own.
+
+    Raises:
+        StoreError: as `encode_packed`.
+    """
+    ids_TK, logprobs_TK, tail_T, floats_T5 = _arrays(targets, spec)
+    keys_TK = np.empty(ids_TK.shape, np.uint32)
+    found = packing.codes_of_sets(ids_TK, logprobs_TK, tail_T, spec.vocab_size, spec.bits, keys_TK, floats_T5)
+    _refuse(found, ids_TK, spec)
+    keys_TK.sort(axis=1)  # numpy's sort of short rows uses vectors
+    records_TW = np.empty((len(targets), compact_bytes(spec)), np.uint8)
+    packing.encode_sets(keys_TK, low_bits(spec), spec.bits, records_TW)
+    return _with_floats(records_TW, floats_T5)
+
+
+def decode_compact(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
+    """Targets of `encode_compact`, again in order of rank (equal codes: by id).
+
+    Raises:
+        StoreError: another number of bytes than the tokens take.
+    """
+    records_TW = _records(raw, tokens, compact_bytes(spec), spec)
+    floats_T5, ids_TK, logprobs_TK, tail_T = _room(records_TW, spec)
+    low, width = low_bits(spec), id_bits(spec.vocab_size)
+    keys_TK = np.empty(ids_TK.shape, np.uint32)
+    packing.decode_sets(records_TW, low, spec.bits, width, _highest(spec, low), keys_TK)
+    keys_TK.sort(axis=1)
+    packing.finish_sets(keys_TK, floats_T5, spec.bits, width, ids_TK, logprobs_TK, tail_T)
+    return _targets(ids_TK, logprobs_TK, tail_T, floats_T5)
+
+
+# -- what the two have in common ---------------------------------------------------------------------------
+
+
+def _arrays(targets: SoftTargets, spec: Spec) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
+    """ids i64[T, K], log-probs f32[T, K], tail f32[T], and floats f32[T, 5] with the last two columns filled."""
+    if targets.sampled:
+        raise StoreError("the targets are draws, the codec stores the top K")
+    if targets.top_k != spec.top_k:
+        raise StoreError(f"top_k is {targets.top_k}, the store's is {spec.top_k}")
+    vocab_size = spec.vocab_size
+    if not 1 <= spec.top_k < vocab_size:
+        raise StoreError(f"top_k {spec.top_k} must lie in [1, {vocab_size - 1}] for a vocabulary of {vocab_size}")
+    if id_bits(vocab_size) + spec.bits > packing.WIDEST_FIELD:
+        raise StoreError(f"ids below {vocab_size} and {spec.bits} bits exceed {packing.WIDEST_FIELD} bits together")
+    floats_T5 = np.empty((len(targets), packing.FLOATS), np.float32)
+    floats_T5[:, 3], floats_T5[:, 4] = _singles(targets)
+    ids_TK = np.ascontiguousarray(targets.ids.cpu().numpy())
+    logprobs_TK = np.ascontiguousarray(targets.logprobs.float().cpu().numpy())
+    return ids_TK, logprobs_TK, np.ascontiguousarray(targets.tail_logprob.float().cpu().numpy()), floats_T5
+
+
+def _singles(targets: SoftTargets) -> tuple[Floats, Floats]:
+    """Gold log-prob and entropy, both f32[T]."""
+    gold_T, entropy_T = targets.gold_logprob.float().cpu().numpy(), targets.entropy.float().cpu().numpy()
+    if np.isnan(gold_T).any() or np.isnan(entropy_T).any():
+        raise StoreError("a gold log-probability or an entropy is NaN")
+    return gold_T, entropy_T
+
+
+def _refuse(found: int, ids: NDArray[np.int64], spec: Spec) -> None:
+    if found == packing.BAD_ID:
+        raise StoreError(f"token ids {ids.min()}..{ids.max()} do not fit a vocabulary of {spec.vocab_size}")
+    if found == packing.BAD_VALUE:
+        raise StoreError("log-probabilities must be finite at the top, descend, and not be NaN")
+
+
+def _as_f16(floats: Floats) -> Bytes:
+    """Little-endian f16, as bytes; u8[T, 2 * columns]."""
+    with np.errstate(over="ignore"):  # below -65,504 nats f16 says -inf, which is what it means
+        return floats.astype("<f2").view(np.uint8)
+
+
+def _with_floats(records_TW: Bytes, floats_T5: Floats) -> Bytes:
+    records_TW[:, -2 * packing.FLOATS :] = _as_f16(floats_T5)
+    return records_TW.reshape(-1)
+
+
+def _records(raw: Bytes, tokens: int, width: int, spec: Spec) -> Bytes:
+    if raw.shape != (tokens * width,):
+        raise StoreError(f"{raw.size} bytes for {tokens} tokens, but {spec} takes {width} a token")
+    return raw.reshape(tokens, width)
+
+
+def _room(records_TW: Bytes, spec: Spec) -> tuple[Floats, NDArray[np.int64], Floats, Floats]:
+    """The records' floats, and arrays for ids, log-probs and tail."""
+    tokens, shape = len(records_TW), (len(records_TW), spec.top_k)
+    floats_T5 = np.ascontiguousarray(records_TW[:, -2 * packing.FLOATS :]).view("<f2").astype(np.float32)
+    return floats_T5, np.empty(shape, np.int64), np.empty(shape, np.float32), np.empty(tokens, np.float32)
+
+
+def _targets(ids_TK: NDArray[np.int64], logprobs_TK: Floats, tail_T: Floats, floats_T5: Floats) -> SoftTargets:
+    gold_T, entropy_T = torch.from_numpy(np.ascontiguousarray(floats_T5[:, 3:].T))
+    ids, logprobs, tail = torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK), torch.from_numpy(tail_T)
+    return SoftTargets(ids, logprobs, tail, gold_T, entropy_T)
+
+
+# -- sampled -----------------------------------------------------------------------------------------------
+
+
+def encode_sampled(targets: SoftTargets, spec: Spec) -> Bytes:
+    """Ids by falling count at ceil(log2 V) bits; counts in unary, as what each exceeds the next one by [ours].
+
+    Three parts: distinct ids of each token u8[T], gold log-prob and entropy f16[T, 2], one bit stream.
+
+    Raises:
+        StoreError: targets that are not `spec.draws` draws, an id outside [0, V), or numbers that are NaN.
+    """
+    counts_TK = _counts(targets, spec)
+    ids_TK, width = np.ascontiguousarray(targets.ids.cpu().numpy()), id_bits(spec.vocab_size)
+    drawn = ids_TK[counts_TK > 0]
+    if drawn.size and not 0 <= drawn.min() <= drawn.max() < spec.vocab_size:
+        _refuse(packing.BAD_ID, drawn, spec)
+    distinct_T = (counts_TK > 0).sum(axis=1).astype(np.uint8)
+    stream = np.zeros(int(_draw_bits(counts_TK, distinct_T, width) + 7) // 8 + packing.SPARE, np.uint8)
+    packing.encode_draws(ids_TK, counts_TK, distinct_T, width, stream)
+    singles = _as_f16(np.stack(_singles(targets), axis=1))
+    return np.concatenate([distinct_T, singles.reshape(-1), stream[: -packing.SPARE]])
+
+
+def _counts(targets: SoftTargets, spec: Spec) -> NDArray[np.int64]:
+    """How often each id was drawn, i64[T, K]."""
+    shares_TK = np.exp(targets.logprobs.double().cpu().numpy()) * spec.draws
+    counts_TK = np.rint(shares_TK)
+    whole = (np.abs(shares_TK - counts_TK) < 1e-3).all() and (counts_TK.sum(axis=1) == spec.draws).all()
+    if not (targets.sampled and whole and (np.diff(counts_TK, axis=1) <= 0).all()):
+        raise StoreError(f"targets are not {spec.draws} draws a token, most frequent first")
+    return counts_TK.astype(np.int64)
+
+
+def _draw_bits(counts_TK: NDArray[np.int64], distinct_T: Bytes, width: int) -> int:
+    """Bits of the stream: the ids, a one for each count but the first, zeros up to the second count."""
+    second_T = counts_TK[:, 1] if counts_TK.shape[1] > 1 else np.zeros(len(counts_TK), np.int64)
+    return int(distinct_T.sum(dtype=np.int64) * (width + 1) - len(counts_TK) + np.maximum(second_T - 1, 0).sum())
+
+
+def decode_sampled(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
+    """Targets of `encode_sampled`, as wide as the token with the most distinct ids.
+
+    Raises:
+        StoreError: another number of bytes than the tokens take.
+    """
+    problem = StoreError(f"{raw.size} bytes are not {tokens} tokens of {spec}")
+    if raw.ndim != 1 or raw.size < 5 * tokens:
+        raise problem
+    distinct_T, stream = raw[:tokens].copy(), np.concatenate([raw[5 * tokens :], np.zeros(packing.SPARE, np.uint8)])
+    shape = tokens, int(distinct_T.max(initial=1))
+    ids_TK, counts_TK = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    used = packing.decode_draws(stream, distinct_T, spec.draws, id_bits(spec.vocab_size), ids_TK, counts_TK)
+    if (used + 7) // 8 != raw.size - 5 * tokens:
+        raise problem
+    singles_T2 = raw[tokens : 5 * tokens].copy().view("<f2").astype(np.float32).reshape(tokens, 2)
+    shares = torch.from_numpy(counts_TK).div(spec.draws).log()
+    tail_T = torch.full((tokens,), float("-inf"))
+    gold_T, entropy_T = torch.from_numpy(np.ascontiguousarray(singles_T2.T))
+    return SoftTargets(torch.from_numpy(ids_TK), shares, tail_T, gold_T, entropy_T, sampled=True)
+
+
+# -- the choice --------------------------------------------------------------------------------------------
+
+
+def _keep_top_k(logits_TV: Tensor, gold_T: Tensor, offsets_T: Tensor, temperature: float, spec: Spec) -> SoftTargets:
+    return from_logits(logits_TV, gold_T, spec.top_k, temperature)
+
+
+def _keep_draws(logits_TV: Tensor, gold_T: Tensor, offsets_T: Tensor, temperature: float, spec: Spec) -> SoftTargets:
+    return drawn_from_logits(logits_TV, gold_T, spec.draws, temperature, offsets_T)
+
+
+CODECS: dict[str, Codec] = {
+    "packed": Codec(("top_k", "bits"), 7, _keep_top_k, encode_packed, decode_packed),
+    "compact": Codec(("top_k", "bits"), 5, _keep_top_k, encode_compact, decode_compact),
+    "sampled": Codec(("draws",), 0, _keep_draws, encode_sampled, decode_sampled),
+}
+"""Codecs by the name that stands in a recipe and in a store's manifest. The meaning of a name's bytes changes only with
+`shards.FORMAT_VERSION`."""
