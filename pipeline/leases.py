@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -97,6 +98,12 @@ class ShardLeases:
 def lease_path(root: Path, shard: int) -> Path:
     """Lease file of a shard."""
     return root / f"shard-{shard:05d}.lease"
+
+
+def clear_leases(root: Path, committed: Iterable[int]) -> None:
+    """Remove what a worker left that was killed between committing a shard and giving it back."""
+    for shard in committed:
+        lease_path(root, shard).unlink(missing_ok=True)
 
 
 def _me() -> dict[str, Any]:

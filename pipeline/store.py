@@ -92,6 +92,14 @@ class StoreWriter:
         except StoreError as error:
             raise StoreError(f"sample {sample_id}: {error}") from None
 
+    def is_whole(self, shard: int) -> bool:
+        """Whether the shard is committed and undamaged now."""
+        try:
+            _check_origin(open_shard(self.root, shard).record, self.root, identity_digest(self.identity))
+        except StoreError:
+            return False
+        return True
+
     def committed(self) -> tuple[set[int], list[str]]:
         """Shards that are whole, and one line for each that is damaged and has to be written again."""
         shards, problems = _open_shards(self.root, self.identity)

@@ -1,17 +1,19 @@
 """The teacher pass: soft targets of the training split, once, into the store.
 
-    python -m pipeline.teacher --config RECIPE.yaml [--worker I --workers N]
+    python -m pipeline.teacher --config RECIPE.yaml [--worker I --workers N] [--json FILE]
 
-Shard j holds samples [j * S, (j + 1) * S) of the sorted list and belongs to worker j mod N. A shard that is
-committed is skipped, so the same command goes on after any interruption.
+Shard j holds samples [j * S, (j + 1) * S) of the sorted list. Worker I takes shards j = I mod N first and then those
+that no other worker holds, so workers may be killed, added or left out. A shard that is committed is skipped: the
+same command goes on after any interruption.
 Shapes: B samples, S sequence, D width, N answer tokens of a batch, V vocabulary.
 """
 
 import argparse
 import itertools
+import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from pipeline.command_line import parse_args
 from pipeline.config import Recipe, TargetsConfig
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
+from pipeline.leases import ShardLeases, clear_leases
 from pipeline.models import batch_attention, check_compatible, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
 from pipeline.shards import FORMAT_VERSION
@@ -51,17 +54,22 @@ class PassSummary:
     """What one run of the stage did."""
 
     shards: int
+    """Written by this run."""
     skipped: int
+    """Committed before it began."""
+    elsewhere: int
+    """Left to other workers, or committed by them meanwhile."""
     samples: int
     tokens: int
     bytes: int
     seconds: float
 
     def __str__(self) -> str:
+        others = f", {self.elsewhere} left to other workers" if self.elsewhere else ""
         if not self.shards:
-            return f"teacher pass: nothing to do, {self.skipped} shard(s) are committed"
+            return f"teacher pass: nothing to do, {self.skipped} shard(s) are committed{others}"
         return (
-            f"teacher pass: {self.shards} shard(s) written, {self.skipped} already committed; "
+            f"teacher pass: {self.shards} shard(s) written, {self.skipped} already committed{others}; "
             f"{self.samples} samples, {self.tokens} answer tokens in {self.seconds:.1f} s "
             f"({self.tokens / self.seconds:.0f} tokens/s), {self.bytes / max(self.tokens, 1):.1f} bytes/token"
         )
@@ -153,7 +161,7 @@ def batch_targets(model: PreTrainedModel, batch: Batch, settings: TargetsConfig)
 
 
 def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
-    """Write this worker's shards that are not committed yet.
+    """Write the shards that are neither committed nor in another worker's hands, this worker's share first.
 
     Raises:
         UserError: bad data, no teacher, or a store that was made for another identity (nothing was changed).
@@ -170,14 +178,15 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     committed, damaged = writer.committed()
     for problem in damaged:
         print(f"rebuilding: {problem}")
-    mine = range(worker, -(-len(samples) // size), workers)
-    todo = {shard: samples[shard * size : (shard + 1) * size] for shard in mine if shard not in committed}
+    clear_leases(recipe.store_dir, committed)
+    own_first = sorted(range(-(-len(samples) // size)), key=lambda shard: ((shard - worker) % workers, shard))
+    todo = {shard: samples[shard * size : (shard + 1) * size] for shard in own_first if shard not in committed}
     if not todo:
-        return PassSummary(0, len(mine), 0, 0, 0, 0.0)
+        return PassSummary(0, len(committed), 0, 0, 0, 0, 0.0)
     model = load_model(recipe.model_dir(recipe.targets.teacher), attention=batch_attention())
     check_compatible(model, processor)
     torch.nn.Module.to(model, _device(recipe))
-    return _write_shards(recipe, writer, model, processor, todo, skipped=len(mine) - len(todo))
+    return _write_shards(recipe, writer, model, processor, todo, skipped=len(committed))
 
 
 def _write_shards(
@@ -190,8 +199,21 @@ def _write_shards(
 ) -> PassSummary:
     started, records = time.perf_counter(), []
     done: dict[str, SoftTargets] = {}
-    with tqdm(total=sum(map(len, todo.values())), desc="teacher pass", unit="sample", disable=None) as bar:
-        for shard, batches in _encoded_windows(recipe, processor, todo):
+    left = {shard: len(samples) for shard, samples in todo.items()}
+    bar = tqdm(total=sum(left.values()), desc="teacher pass", unit="sample", disable=None)
+    with ShardLeases(recipe.store_dir) as leases, bar:
+
+        def take(shard: int) -> bool:
+            taken = leases.claim(shard)
+            if taken and writer.is_whole(shard):  # another worker's work since this one began
+                leases.release(shard)
+                taken = False
+            if not taken:
+                left.pop(shard)
+                bar.total = sum(left.values())
+            return taken
+
+        for shard, batches in _encoded_windows(recipe, processor, todo, take):
             for batch in batches:
                 targets = batch_targets(model, batch, recipe.targets)
                 done.update(zip(batch["sample_ids"], targets, strict=True))
@@ -199,11 +221,13 @@ def _write_shards(
             if len(done) == len(todo[shard]):
                 in_order = [(s.sample_id, done[s.sample_id]) for s in todo[shard]]
                 records.append(writer.write_shard(shard, in_order))
+                leases.release(shard)
                 done = {}
-    assert len(records) == len(todo), "a shard was left half done"
+    assert not done, "a shard was left half done"
     return PassSummary(
         shards=len(records),
         skipped=skipped,
+        elsewhere=len(todo) - len(records),
         samples=sum(record.samples for record in records),
         tokens=sum(record.tokens for record in records),
         bytes=sum(record.bytes for record in records),
@@ -212,19 +236,20 @@ def _write_shards(
 
 
 def _encoded_windows(
-    recipe: Recipe, processor: Processor, todo: dict[int, list[Sample]]
+    recipe: Recipe, processor: Processor, todo: dict[int, list[Sample]], take: Callable[[int], bool]
 ) -> Iterator[tuple[int, list[Batch]]]:
-    """Windows of all shards, in shard order."""
+    """Windows of the shards that `take` allows, in order; it is asked shortly before a shard's first window."""
     size = WINDOW_BATCHES * recipe.targets.batch_size
     windows = [
         Window(shard, samples[start : start + size])
         for shard, samples in todo.items()
         for start in range(0, len(samples), size)
     ]
+    places = itertools.groupby(range(len(windows)), key=lambda place: windows[place].shard)
+    taken = (place for shard, of_shard in places if take(shard) for place in of_shard)
     dataset = _EncodedWindows(windows, processor, recipe.targets.batch_size)
-    yield from DataLoader(
-        dataset, batch_size=None, num_workers=max(1, recipe.data.workers)
-    )  # encoding overlaps the forward
+    # A worker of the loader encodes while this process computes.
+    yield from DataLoader(dataset, batch_size=None, sampler=taken, num_workers=max(1, recipe.data.workers))
 
 
 def _vocab_size(teacher_dir: Path) -> int:
@@ -245,8 +270,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.teacher", description=__doc__)
     parser.add_argument("--worker", type=int, default=0, help="this worker's number, from 0")
     parser.add_argument("--workers", type=int, default=1, help="workers that share the pass")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary there")
     arguments = parse_args("teacher", argv, parser)
-    print(run_pass(arguments.recipe, arguments.options.worker, arguments.options.workers))
+    summary = run_pass(arguments.recipe, arguments.options.worker, arguments.options.workers)
+    print(summary)
+    if arguments.options.json:
+        arguments.options.json.write_text(json.dumps(asdict(summary), indent=1))
 
 
 if __name__ == "__main__":

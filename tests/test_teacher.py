@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from pipeline.command_line import load_recipe
 from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize
 from pipeline.data import read_samples
 from pipeline.errors import ConfigError, StoreError, UserError
+from pipeline.leases import LEASE_S, ShardLeases, lease_path
 from pipeline.models import build, load_model, save_model
 from pipeline.processor import Processor, collate
 from pipeline.shards import shard_path
@@ -24,6 +28,7 @@ from pipeline.store import SoftTargetStore
 from pipeline.store import main as inspect_store
 from pipeline.teacher import batch_targets, expected_identity, main, run_pass
 
+ROOT = Path(__file__).parent.parent
 SAMPLES, SHARD, TOP_K, TEMPERATURE = 41, 10, 16, 2.0
 TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=8)  # fmt: skip
@@ -168,7 +173,7 @@ def test_sampled_targets_are_draws_from_the_teacher(run, finished, tmp_path):
     recipe = elsewhere(run, tmp_path / "store", "targets.codec=sampled", "targets.draws=40")
     assert run_pass(recipe).samples == SAMPLES
     again = elsewhere(run, tmp_path / "again", "targets.codec=sampled", "targets.draws=40", "targets.batch_size=3")
-    assert [run_pass(again, worker, 2).shards for worker in (1, 0)] == [2, 3]
+    assert run_pass(again).samples == SAMPLES
     processor, samples, model = parts(recipe)
     identity = expected_identity(recipe, processor, samples)
     assert "top_k" not in identity and identity["draws"] == 40
@@ -219,10 +224,49 @@ def test_inspect_shows_the_most_probable_tokens(finished, capsys):
     assert row.split("  ")[-5].startswith(repr(processor.tokenizer.convert_ids_to_tokens(best)))
 
 
-def test_workers_share_the_shards_and_write_the_same_store(run, finished, tmp_path):
+def hold(root: Path, *shards: int) -> None:
+    """Leases of a worker on another node that lives."""
+    root.mkdir()
+    for shard in shards:
+        lease_path(root, shard).write_text(json.dumps({"host": "another-node", "pid": 1}))
+
+
+def test_a_worker_leaves_what_others_hold_and_takes_it_over_when_they_are_gone(run, finished, tmp_path):
     recipe = elsewhere(run, tmp_path / "store", "data.workers=1")
-    assert [run_pass(recipe, worker, 3).shards for worker in (2, 0, 1)] == [1, 2, 2]
-    assert contents(recipe.store_dir) == contents(finished.store_dir)
+    hold(recipe.store_dir, 1, 4)
+    first = run_pass(recipe, worker=1, workers=3)
+    assert (first.shards, first.elsewhere) == (3, 2)
+    assert {path.name for path in recipe.store_dir.glob("shard-*.json")} == {f"shard-0000{n}.json" for n in (0, 2, 3)}
+    lease_path(recipe.store_dir, 4).unlink()  # given back, not done
+    long_ago = time.time() - 2 * LEASE_S
+    os.utime(lease_path(recipe.store_dir, 1), (long_ago, long_ago))
+    second = run_pass(recipe, worker=0, workers=7)
+    assert (second.shards, second.skipped, second.elsewhere) == (2, 3, 0)
+    assert contents(recipe.store_dir) == contents(finished.store_dir), "no lease is left either"
+
+
+def test_a_worker_takes_its_own_share_first(run, finished, tmp_path, monkeypatch):
+    order: list[int] = []
+    claim = ShardLeases.claim
+    monkeypatch.setattr(ShardLeases, "claim", lambda self, shard: order.append(shard) or claim(self, shard))
+    run_pass(elsewhere(run, tmp_path / "store"), worker=1, workers=2)
+    assert order == [1, 3, 0, 2, 4]
+
+
+@pytest.mark.slow
+def test_workers_at_the_same_time_write_each_shard_once(run, finished, tmp_path):
+    store = tmp_path / "store"
+    commands = [
+        [sys.executable, "-m", "pipeline.teacher", "--config", str(run / "recipe.yaml"), f"targets.store={store}",
+         "--worker", str(i), "--workers", "3", "--json", str(tmp_path / f"{i}.json")]
+        for i in range(3)
+    ]  # fmt: skip
+    processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
+    assert [process.wait(240) for process in processes] == [0, 0, 0]
+    summaries = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    assert sum(summary["shards"] for summary in summaries) == 5
+    assert sum(summary["samples"] for summary in summaries) == SAMPLES
+    assert contents(store) == contents(finished.store_dir)
 
 
 def test_a_damaged_shard_is_rebuilt(run, finished, tmp_path, capsys):
