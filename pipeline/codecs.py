@@ -184,9 +184,13 @@ def _arrays(targets: SoftTargets, spec: Spec) -> tuple[NDArray[np.int64], Floats
         raise StoreError(f"ids below {vocab_size} and {spec.bits} bits exceed {packing.WIDEST_FIELD} bits together")
     floats_T5 = np.empty((len(targets), packing.FLOATS), np.float32)
     floats_T5[:, 3], floats_T5[:, 4] = _singles(targets)
+    return *_matrices(targets), np.ascontiguousarray(targets.tail_logprob.float().cpu().numpy()), floats_T5
+
+
+def _matrices(targets: SoftTargets) -> tuple[NDArray[np.int64], Floats]:
+    """ids i64[T, K] and log-probs f32[T, K]."""
     ids_TK = np.ascontiguousarray(targets.ids.cpu().numpy())
-    logprobs_TK = np.ascontiguousarray(targets.logprobs.float().cpu().numpy())
-    return ids_TK, logprobs_TK, np.ascontiguousarray(targets.tail_logprob.float().cpu().numpy()), floats_T5
+    return ids_TK, np.ascontiguousarray(targets.logprobs.float().cpu().numpy())
 
 
 def _singles(targets: SoftTargets) -> tuple[Floats, Floats]:
@@ -245,32 +249,17 @@ def encode_sampled(targets: SoftTargets, spec: Spec) -> Bytes:
     Raises:
         StoreError: targets that are not `spec.draws` draws, an id outside [0, V), or numbers that are NaN.
     """
-    counts_TK = _counts(targets, spec)
-    ids_TK, width = np.ascontiguousarray(targets.ids.cpu().numpy()), id_bits(spec.vocab_size)
-    drawn = ids_TK[counts_TK > 0]
-    if drawn.size and not 0 <= drawn.min() <= drawn.max() < spec.vocab_size:
-        _refuse(packing.BAD_ID, drawn, spec)
-    distinct_T = (counts_TK > 0).sum(axis=1).astype(np.uint8)
-    stream = np.zeros(int(_draw_bits(counts_TK, distinct_T, width) + 7) // 8 + packing.SPARE, np.uint8)
-    packing.encode_draws(ids_TK, counts_TK, distinct_T, width, stream)
+    ids_TK, logprobs_TK = _matrices(targets)
+    tokens, width, draws = len(targets), id_bits(spec.vocab_size), spec.draws
+    most = tokens * (min(draws, targets.top_k) * (width + 1) + draws)  # bits
+    distinct_T, stream = np.empty(tokens, np.uint8), np.zeros(most // 8 + 1 + packing.SPARE, np.uint8)
+    bits = packing.encode_draws(ids_TK, logprobs_TK, spec.vocab_size, draws, width, distinct_T, stream)
+    if bits < 0 and -bits == packing.BAD_ID:
+        _refuse(packing.BAD_ID, ids_TK, spec)
+    if bits < 0 or not targets.sampled:
+        raise StoreError(f"targets are not {draws} draws a token, most frequent first")
     singles = _as_f16(np.stack(_singles(targets), axis=1))
-    return np.concatenate([distinct_T, singles.reshape(-1), stream[: -packing.SPARE]])
-
-
-def _counts(targets: SoftTargets, spec: Spec) -> NDArray[np.int64]:
-    """How often each id was drawn, i64[T, K]."""
-    shares_TK = np.exp(targets.logprobs.double().cpu().numpy()) * spec.draws
-    counts_TK = np.rint(shares_TK)
-    whole = (np.abs(shares_TK - counts_TK) < 1e-3).all() and (counts_TK.sum(axis=1) == spec.draws).all()
-    if not (targets.sampled and whole and (np.diff(counts_TK, axis=1) <= 0).all()):
-        raise StoreError(f"targets are not {spec.draws} draws a token, most frequent first")
-    return counts_TK.astype(np.int64)
-
-
-def _draw_bits(counts_TK: NDArray[np.int64], distinct_T: Bytes, width: int) -> int:
-    """Bits of the stream: the ids, a one for each count but the first, zeros up to the second count."""
-    second_T = counts_TK[:, 1] if counts_TK.shape[1] > 1 else np.zeros(len(counts_TK), np.int64)
-    return int(distinct_T.sum(dtype=np.int64) * (width + 1) - len(counts_TK) + np.maximum(second_T - 1, 0).sum())
+    return np.concatenate([distinct_T, singles.reshape(-1), stream[: (bits + 7) // 8]])
 
 
 def decode_sampled(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
@@ -283,16 +272,17 @@ def decode_sampled(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
     if raw.ndim != 1 or raw.size < 5 * tokens:
         raise problem
     distinct_T, stream = raw[:tokens].copy(), np.concatenate([raw[5 * tokens :], np.zeros(packing.SPARE, np.uint8)])
-    shape = tokens, int(distinct_T.max(initial=1))
-    ids_TK, counts_TK = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    used = packing.decode_draws(stream, distinct_T, spec.draws, id_bits(spec.vocab_size), ids_TK, counts_TK)
+    shape, width, draws = (tokens, int(distinct_T.max(initial=1))), id_bits(spec.vocab_size), spec.draws
+    ids_TK, logprobs_TK = np.zeros(shape, np.int64), np.full(shape, -np.inf, np.float32)
+    with np.errstate(divide="ignore"):
+        log_share_N1 = np.log(np.arange(draws + 1) / draws).astype(np.float32)
+    used = packing.decode_draws(stream, distinct_T, draws, width, log_share_N1, ids_TK, logprobs_TK)
     if (used + 7) // 8 != raw.size - 5 * tokens:
         raise problem
     singles_T2 = raw[tokens : 5 * tokens].copy().view("<f2").astype(np.float32).reshape(tokens, 2)
-    shares = torch.from_numpy(counts_TK).div(spec.draws).log()
-    tail_T = torch.full((tokens,), float("-inf"))
     gold_T, entropy_T = torch.from_numpy(np.ascontiguousarray(singles_T2.T))
-    return SoftTargets(torch.from_numpy(ids_TK), shares, tail_T, gold_T, entropy_T, sampled=True)
+    ids, shares = torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK)
+    return SoftTargets(ids, shares, torch.full((tokens,), float("-inf")), gold_T, entropy_T, sampled=True)
 
 
 # -- the choice --------------------------------------------------------------------------------------------

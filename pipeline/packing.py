@@ -374,45 +374,80 @@ def finish_sets(
 
 
 @compiled
-def encode_draws(ids_TK: Any, counts_TK: Any, distinct_T: Any, id_width: Any, raw: Any) -> None:
-    """Fill a zeroed stream u8 with SPARE bytes behind it: each row's ids, then from its last entry to its second by
-    how much a count exceeds the one behind it, in unary. Behind the last is 1, the first is what is left of the draws.
+def _count(logprobs_TK: Any, t: Any, draws: Any, count_K: Any) -> Any:
+    """Fill how often each entry was drawn; returns the number of distinct ids, 0 for a row that is not N draws."""
+    wrong: Any = 0
+    total: Any = 0
+    distinct: Any = 0
+    before = draws
+    for k in range(count_K.shape[0]):
+        share = math.exp(float(logprobs_TK[t, k])) * draws
+        count = np.int64(share + 0.5) if share < 256.0 else 256  # NaN too
+        wrong += (abs(share - count) > 1e-3) | (count > before)
+        total += count
+        distinct += count > 0
+        count_K[k] = before = count
+    return distinct if wrong == 0 and total == draws else 0
+
+
+@compiled
+def encode_draws(
+    ids_TK: Any, logprobs_TK: Any, vocab_size: Any, draws: Any, id_width: Any, distinct_T: Any, raw: Any
+) -> Any:
+    """Fill each row's number of ids, and a zeroed stream u8 that is long enough: each row's ids, then from its last
+    entry to its second by how much a count exceeds the one behind it, in unary. Behind the last is 1, the first is what
+    is left of the draws. Returns the stream's bits, or minus what is wrong.
     """
-    bit = 0
+    bit, count_K = 0, np.empty(ids_TK.shape[1], np.int64)
     for t in range(ids_TK.shape[0]):
-        for k in range(distinct_T[t]):
+        distinct = _count(logprobs_TK, t, draws, count_K)
+        if distinct == 0:
+            return -BAD_VALUE
+        distinct_T[t] = distinct
+        for k in range(distinct):
+            if ids_TK[t, k] < 0 or ids_TK[t, k] >= vocab_size:
+                return -BAD_ID
             shifted = np.uint64(ids_TK[t, k]) << np.uint64(bit & 7)
             for j in range(SPARE):
                 raw[(bit >> 3) + j] |= np.uint8(shifted >> np.uint64(8 * j))
             bit += id_width
         behind = 1
-        for k in range(np.int64(distinct_T[t]) - 1, 0, -1):
-            bit += counts_TK[t, k] - behind
+        for k in range(distinct - 1, 0, -1):
+            bit += count_K[k] - behind
             raw[bit >> 3] |= np.uint8(1) << np.uint8(bit & 7)
             bit += 1
-            behind = counts_TK[t, k]
+            behind = count_K[k]
+    return bit
 
 
 @compiled
-def decode_draws(raw: Any, distinct_T: Any, draws: Any, id_width: Any, ids_TK: Any, counts_TK: Any) -> Any:
-    """Inverse of `encode_draws` into zeroed arrays; returns the stream's length in bits, -8 if the bytes end early."""
+def decode_draws(
+    raw: Any, distinct_T: Any, draws: Any, id_width: Any, log_share_N1: Any, ids_TK: Any, logprobs_TK: Any
+) -> Any:
+    """Inverse of `encode_draws` into arrays of 0 and -inf; returns the stream's bits, -8 if it ends early.
+
+    log_share_N1: log(count / N) of the counts 0..N.
+    """
     bit, size, mask = 0, 8 * (raw.shape[0] - SPARE), (np.uint64(1) << np.uint64(id_width)) - np.uint64(1)
     for t in range(ids_TK.shape[0]):
-        if bit + distinct_T[t] * id_width > size:
+        distinct = np.int64(distinct_T[t])
+        if distinct == 0 or bit + distinct * id_width > size:
             return -8
-        for k in range(distinct_T[t]):
+        for k in range(distinct):
             word = np.uint64(0)
             for j in range(SPARE):
                 word |= np.uint64(raw[(bit >> 3) + j]) << np.uint64(8 * j)
             ids_TK[t, k] = (word >> np.uint64(bit & 7)) & mask
             bit += id_width
         count, left = 1, draws
-        for k in range(np.int64(distinct_T[t]) - 1, 0, -1):
+        for k in range(distinct - 1, 0, -1):
             while bit < size and (raw[bit >> 3] >> np.uint8(bit & 7)) & np.uint8(1) == 0:
                 count += 1
                 bit += 1
             bit += 1
-            counts_TK[t, k] = count
             left -= count
-        counts_TK[t, 0] = left
+            if left < count:
+                return -8
+            logprobs_TK[t, k] = log_share_N1[count]
+        logprobs_TK[t, 0] = log_share_N1[left]
     return bit if bit <= size else -8
