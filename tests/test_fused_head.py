@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,20 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline import moe
 from pipeline.fused_head import FusedHead, fused_distillation_loss
 from pipeline.losses import DistillationTerms, distillation_loss
-from pipeline.targets import SoftTargets, from_logits
+from pipeline.targets import from_logits
 
 ROWS, VOCAB, WIDTH = 23, 120, 16
 MEASURES = ("loss_sum", "ce_N", "kl_N", "hardness_N", "weight_sum", "weight_count")
-
-
-@dataclass(frozen=True, slots=True)
-class SampledTargets(SoftTargets):
-    """As the store will give them: `sampled` says that log-probabilities are those of counts."""
-
-    sampled: bool = True
-
-    def rows(self, index: slice | Tensor) -> "SampledTargets":
-        return SampledTargets(*(getattr(self, name)[index] for name in SoftTargets.__slots__))
 
 
 def make_case(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -52,8 +42,7 @@ def with_targets(case: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "none":
         return case | {"targets": None, "alpha_N": torch.zeros_like(case["alpha_N"])}
     if kind == "sampled":
-        values = {name: getattr(targets, name) for name in SoftTargets.__slots__}
-        return case | {"targets": SampledTargets(**values)}
+        return case | {"targets": replace(targets, sampled=True)}
     return case
 
 
