@@ -28,7 +28,7 @@ from pipeline.config import EvaluationRow, Recipe
 from pipeline.data import Sample, read_samples
 from pipeline.errors import ConfigError, DataError, UserError, run_main
 from pipeline.generate import answers, open_model
-from pipeline.models import parameter_counts, weights_hash
+from pipeline.models import compute_device, parameter_counts, weights_hash
 from pipeline.processor import Processor
 from pipeline.scoring import score_all
 from pipeline.teacher import dataset_fingerprint
@@ -57,7 +57,7 @@ class Evaluation:
             UserError: no rows, rows whose names collide, missing models (all of them are named), or no test data.
         """
         self.recipe, self.rows, self.settings = recipe, recipe.evaluation.rows, recipe.evaluation
-        self.device = _device(recipe)
+        self.device = compute_device(recipe.run.device)
         self.folder = recipe.run.dir / "evaluation"
         self.baselines = _baselines(self.rows)
         self.slugs = _slugs([*self.rows, *(row for row in self.baselines.values() if row not in self.rows)])
@@ -320,12 +320,6 @@ def _write_json(path: Path, content: Json) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(recipe.run.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -247,6 +247,13 @@ def weights_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def compute_device(name: str) -> torch.device:
+    """The device that `run.device` names; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
 def check_compatible(model: PreTrainedModel, processor: Processor) -> None:
     """The model must read the processor's ids and patches.
 

@@ -29,7 +29,7 @@ from pipeline.config import Recipe, TargetsConfig
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
 from pipeline.leases import ShardLeases, clear_leases
-from pipeline.models import batch_attention, check_compatible, load_model, weights_hash
+from pipeline.models import batch_attention, check_compatible, compute_device, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
 from pipeline.shards import FORMAT_VERSION
 from pipeline.store import Identity, StoreWriter
@@ -185,7 +185,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
         return PassSummary(0, len(committed), 0, 0, 0, 0, 0.0)
     model = load_model(recipe.model_dir(recipe.targets.teacher), attention=batch_attention())
     check_compatible(model, processor)
-    torch.nn.Module.to(model, _device(recipe))
+    torch.nn.Module.to(model, compute_device(recipe.run.device))
     return _write_shards(recipe, writer, model, processor, todo, skipped=len(committed))
 
 
@@ -257,12 +257,6 @@ def _vocab_size(teacher_dir: Path) -> int:
     if not (teacher_dir / "config.json").is_file():
         raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
     return int(AutoConfig.from_pretrained(str(teacher_dir)).get_text_config().vocab_size)
-
-
-def _device(recipe: Recipe) -> torch.device:
-    if recipe.run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(recipe.run.device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
