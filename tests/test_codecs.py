@@ -49,7 +49,10 @@ def sparse_kl(targets, student_logits, temperature=1.0):
 
 
 def codec_error(exact, stored, vocab):
-    """KL(exact || stored) [T] over the K entries and the tail, in float64; by id, whatever the order of ranks."""
+    """KL(exact || stored) [T] over the K entries and the tail, in float64; by id, whatever the order of ranks.
+
+    Of measures: sum p log(p / q) - p + q, so that the float32 sum of p, which is not quite 1, adds nothing.
+    """
 
     def dense(targets):
         empty = torch.full((len(targets), vocab), -math.inf, dtype=torch.float64)
@@ -57,9 +60,8 @@ def codec_error(exact, stored, vocab):
 
     p, q = dense(exact), dense(stored)
     assert torch.equal(p > -math.inf, (p > -math.inf) & (q > -math.inf))
-    kl = torch.where(p > -math.inf, p.exp() * (p - q), 0.0).sum(-1)
-    tail = exact.tail_logprob.double()
-    return kl + torch.where(tail > -math.inf, tail.exp() * (tail - stored.tail_logprob.double()), 0.0)
+    p, q = (torch.cat([d, t.tail_logprob.double()[:, None]], -1) for d, t in ((p, exact), (q, stored)))
+    return torch.where(p > -math.inf, p.exp() * (p - q) - p.exp(), 0.0).sum(-1) + q.exp().sum(-1)
 
 
 def cliff_logits(tokens, vocab, seed=0):
@@ -109,12 +111,12 @@ def test_any_shape_comes_back(codec):
         total = torch.logaddexp(stored.logprobs.logsumexp(-1), stored.tail_logprob)
         assert total.abs().max() < 2e-6, where
         error = codec_error(exact, stored, vocab)
-        assert error.min() > -1e-6 and error.max() < 0.05, where
+        assert error.min() > -1e-12 and error.max() < 0.05, where
         assert (stored.gold_logprob - exact.gold_logprob).abs().max() < 1e-3, where
 
 
 @pytest.mark.parametrize(
-    ("vocab", "bits"), [(2, 1), (3, 2), (256, 8), (257, 9), (640, 10), (QWEN_VOCAB, 18), (1 << 23, 23)]
+    ("vocab", "bits"), [(2, 1), (3, 2), (256, 8), (257, 9), (640, 10), (QWEN_VOCAB, 18), (1 << 20, 20)]
 )
 def test_id_bits(vocab, bits):
     assert id_bits(vocab) == bits
@@ -164,8 +166,8 @@ def test_compact_stores_high_bits_in_unary():
 @pytest.mark.parametrize(
     ("codec", "logits", "mean", "largest"),
     [
-        ("packed", peaky_logits, 5e-6, 1e-4),
-        ("packed", zipf_logits, 5e-6, 5e-5),
+        ("packed", peaky_logits, 2e-6, 5e-5),
+        ("packed", zipf_logits, 2e-6, 5e-5),
         ("packed", cliff_logits, 2e-5, 1e-4),
         ("compact", peaky_logits, 5e-4, 5e-3),
         ("compact", zipf_logits, 5e-4, 5e-3),
@@ -175,7 +177,7 @@ def test_compact_stores_high_bits_in_unary():
 def test_the_codec_error(codec, logits, mean, largest, top_k):
     exact = from_logits(logits(256, 20_000), torch.arange(256), top_k, 1.0)
     error = codec_error(exact, roundtrip(exact, 20_000, codec), 20_000)
-    assert error.min() > -1e-6
+    assert error.min() > -1e-12
     assert error.mean() < mean
     assert error.max() < largest
 
@@ -282,7 +284,7 @@ def test_draws_that_are_none_are_refused():
     with pytest.raises(StoreError, match="not 12 draws"):
         encode(dataclasses.replace(targets, logprobs=targets.logprobs * math.nan), Spec(50, draws=12))
     with pytest.raises(StoreError, match="not 12 draws"):
-        encode(random_targets(5, 50, 12), Spec(50, draws=12))
+        encode(dataclasses.replace(targets, sampled=False), Spec(50, draws=12))
     with pytest.raises(StoreError, match="do not fit a vocabulary of 9"):
         encode(targets, Spec(9, draws=12))
     with pytest.raises(StoreError, match="draws, the codec stores the top K"):
@@ -293,7 +295,7 @@ def test_draws_that_are_none_are_refused():
 
 
 @pytest.mark.parametrize("codec", TOP_K_CODECS)
-@pytest.mark.parametrize(("vocab", "message"), [(30, "do not fit"), (4, r"must lie in \[1, 3\]"), (1 << 25, "exceed")])
+@pytest.mark.parametrize(("vocab", "message"), [(30, "do not fit"), (4, r"must lie in \[1, 3\]"), (1 << 22, "exceed")])
 def test_targets_of_another_vocabulary_are_refused(codec, vocab, message):
     with pytest.raises(StoreError, match=message):
         CODECS[codec].encode(random_targets(64, 50, 4), Spec(vocab, 4, 7))
