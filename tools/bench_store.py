@@ -354,10 +354,12 @@ def summary(sums: Sums, kl_T: Tensor, dense_V: Tensor, sampled: bool) -> dict[st
     }
 
 
-def measure_speed(chosen: Sequence[Setting], targets: dict[str, SoftTargets], repeats: int) -> dict[str, object]:
+def measure_speed(
+    chosen: Sequence[Setting], targets: dict[str, SoftTargets], vocab: int, repeats: int
+) -> dict[str, object]:
     """Million tokens a second of encoding and decoding: the best of several interleaved runs."""
     best: dict[str, float] = {}
-    prepared = [(s, size, key, repeated(targets[s.name], size)) for s in chosen for size, key in _SIZES.items()]
+    prepared = [(s, size, key, repeated(targets[s.name], size, vocab)) for s in chosen for size, key in _SIZES.items()]
     for round_ in tqdm(range(repeats + 1), desc="speed", disable=None):
         for s, size, key, rows in prepared:
             for _ in range(5):  # the first ones find cold caches
@@ -377,10 +379,10 @@ def measure_speed(chosen: Sequence[Setting], targets: dict[str, SoftTargets], re
 _SIZES = {_BULK: "", _SAMPLE: "_sample"}
 
 
-def repeated(targets: SoftTargets, size: int) -> SoftTargets:
+def repeated(targets: SoftTargets, size: int, vocab: int) -> SoftTargets:
     """The targets again and again, with other ids each time: nothing to learn for the processor."""
     rows = targets.rows(torch.arange(size) % len(targets))
-    return rows if rows.sampled else with_ids(rows, (rows.ids + torch.arange(size)[:, None] * 977) % VOCAB)
+    return rows if rows.sampled else with_ids(rows, (rows.ids + torch.arange(size)[:, None] * 977) % vocab)
 
 
 def with_ids(targets: SoftTargets, ids: Tensor) -> SoftTargets:
@@ -402,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vocab = VOCAB if options.logits is None else load(options.logits)["teacher"].shape[-1]
     chosen = list(settings(vocab))
     figures, targets = measure_errors(options.logits, options.rows, chosen)
-    figures |= measure_speed(chosen, targets, options.repeats)
+    figures |= measure_speed(chosen, targets, vocab, options.repeats)
     about = {"vocab_size": vocab, "data": str(options.logits or "synthetic"), "meaning": MEANING}
     options.json.write_text(
         json.dumps(figures | about | {"machine": results.machine(torch.device("cpu"))}, indent=1) + "\n"
