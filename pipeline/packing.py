@@ -25,8 +25,8 @@ OK, BAD_ID, BAD_VALUE = 0, 1, 2
 """What an encoder found: all well; an id outside the vocabulary; log-probs that are infinite, NaN or not descending."""
 LOGPROB_FLOOR = 32.0
 """Kept entries further than this below the top one are stored at this distance: e^-32 of its probability."""
-WIDEST_FIELD = 31
-"""Bits of an id and a code together: two such fields fit a word."""
+WIDEST_FIELD = 28
+"""Bits of an id and a code together: two such fields and a begun byte fit a word."""
 SPARE = 4
 """Bytes behind a stream of draws, read and written without effect: an id touches that many at most."""
 
@@ -86,7 +86,7 @@ def _as_f16(x: Any) -> Any:
 
 @compiled
 def _stream(raw_TW: Any) -> Any:
-    """Room for one record's stream, as words and as bytes: every row then begins at bit 0, and may be read beyond."""
+    """Room to write one record's stream, as words and as bytes: every row then begins at bit 0."""
     size = raw_TW.shape[1] - 2 * FLOATS
     words = np.zeros((size + 15) // 8, np.uint64)
     return words, words.view(np.uint8)[:size]
@@ -114,13 +114,24 @@ def _put(words: Any, bit: Any, field_BK1: Any, b: Any, first: Any, width: Any) -
 
 
 @compiled
-def _take(words: Any, bit: Any, field_BK1: Any, b: Any, first: Any, width: Any) -> None:
-    """Inverse of `_put`; the spare last field may hold anything afterwards."""
+def _word(raw: Any, at: Any) -> Any:
+    """The 8 bytes from `at` as a little-endian number. LLVM makes one load of them."""
+    word = np.uint64(0)
+    for j in range(8):
+        word |= np.uint64(raw[at + np.uint64(j)]) << np.uint64(8 * j)
+    return word
+
+
+@compiled
+def _take(raw: Any, record: Any, bit: Any, field_BK1: Any, b: Any, first: Any, width: Any) -> None:
+    """Inverse of `_put`, from the record that begins at a byte; the spare last field may hold anything afterwards.
+
+    Reads up to 7 bytes beyond the fields: the record's floats are there.
+    """
     mask = (np.uint64(1) << np.uint64(width)) - np.uint64(1)
     for k in range(first, field_BK1.shape[1] - 1, 2):
         here = np.uint64(bit + (k - first) * width)
-        at, begun = here >> np.uint64(6), here & np.uint64(63)
-        pair = (words[at] >> begun) | ((words[at + np.uint64(1)] << np.uint64(1)) << (np.uint64(63) - begun))
+        pair = _word(raw, np.uint64(record) + (here >> np.uint64(3))) >> (here & np.uint64(7))
         field_BK1[b, k] = pair & mask
         field_BK1[b, k + 1] = (pair >> np.uint64(width)) & mask
 
@@ -129,17 +140,21 @@ def _take(words: Any, bit: Any, field_BK1: Any, b: Any, first: Any, width: Any) 
 
 
 @compiled
-def _problem(ids_TK: Any, logprobs_TK: Any, tail_T: Any, t: Any, vocab_size: Any) -> Any:
-    """BAD_ID, BAD_VALUE or OK of one row."""
-    known, good, before = True, math.isfinite(logprobs_TK[t, 0]) and tail_T[t] < np.inf, logprobs_TK[t, 0]
+def _all_known(ids_TK: Any, t: Any, vocab_size: Any) -> Any:
+    known: Any = True
     for k in range(ids_TK.shape[1]):
-        known &= (ids_TK[t, k] >= 0) & (ids_TK[t, k] < vocab_size)
-    for k in range(ids_TK.shape[1]):
-        good &= logprobs_TK[t, k] <= before  # false of NaN
+        known &= np.uint64(ids_TK[t, k]) < np.uint64(vocab_size)
+    return known
+
+
+@compiled
+def _descends(logprobs_TK: Any, t: Any) -> Any:
+    """False of a row with NaN, too."""
+    good, before = True, logprobs_TK[t, 0]
+    for k in range(logprobs_TK.shape[1]):
+        good &= logprobs_TK[t, k] <= before
         before = logprobs_TK[t, k]
-    if not known:
-        return BAD_ID
-    return OK if good else BAD_VALUE
+    return good
 
 
 @summing
@@ -155,21 +170,19 @@ def _distances(logprobs_TK: Any, t: Any, x_BK: Any, b: Any) -> Any:
 
 @compiled
 def _measure(ids_TK: Any, logprobs_TK: Any, tail_T: Any, vocab_size: Any, start: Any, x_BK: Any, floats_T5: Any) -> Any:
-    """A block's x, and its first and third float: x_2 and the tail's log odds. x is what lies above x_2 afterwards."""
+    """A block's x, and its first and third float: x_2, rounded in x as well, and the tail's log odds."""
     second = min(1, x_BK.shape[1] - 1)
     stop = min(start + _BLOCK, ids_TK.shape[0])
     for t in range(start, stop):
-        problem = _problem(ids_TK, logprobs_TK, tail_T, t, vocab_size)
-        if problem != OK:
-            return problem
-        total = _distances(logprobs_TK, t, x_BK, t - start)
-        floats_T5[t, 2] = tail_T[t] - logprobs_TK[t, 0] - math.log(total)
+        if not _all_known(ids_TK, t, vocab_size):
+            return BAD_ID
+        if not _descends(logprobs_TK, t) or not math.isfinite(logprobs_TK[t, 0]) or not tail_T[t] < np.inf:
+            return BAD_VALUE
     for t in range(start, stop):
-        nearest = _as_f16(x_BK[t - start, second])
-        for k in range(x_BK.shape[1]):
-            x_BK[t - start, k] = max(x_BK[t - start, k] - nearest, _ZERO)
-        x_BK[t - start, second] = _ZERO
-        floats_T5[t, 0] = nearest
+        floats_T5[t, 2] = _distances(logprobs_TK, t, x_BK, t - start)
+    for t in range(start, stop):
+        floats_T5[t, 2] = tail_T[t] - logprobs_TK[t, 0] - math.log(floats_T5[t, 2])
+        floats_T5[t, 0] = x_BK[t - start, second] = _as_f16(x_BK[t - start, second])
     return OK
 
 
@@ -179,22 +192,26 @@ def _unbend_all(x_BK: Any, b: Any) -> Any:
     total = _ZERO
     for k in range(x_BK.shape[1]):
         x_BK[b, k] = _unbend(x_BK[b, k])
-        total += _exp(min(x_BK[b, k], _FLOOR))
+        total += _exp(x_BK[b, k])
     return total
 
 
 @compiled
 def _finish(x_BK: Any, floats_T5: Any, start: Any, logprobs_TK: Any, tail_T: Any) -> None:
     """A block's log-probs, whose distances are unbend(x): head and tail sum to 1."""
-    for t in range(start, min(start + _BLOCK, logprobs_TK.shape[0])):
+    stop = min(start + _BLOCK, logprobs_TK.shape[0])
+    for t in range(start, stop):
         x_BK[t - start, 0] = _ZERO
-        total, odds = _unbend_all(x_BK, t - start), floats_T5[t, 2]
-        # log(1 + e^-|odds|): neither side of a sharp or a flat row cancels.
-        rest = np.float32(math.log(1.0 + float(_exp(min(abs(odds), _FLOOR)))))
-        top = min(-odds, _ZERO) - rest - math.log(total)
+        tail_T[t] = _unbend_all(x_BK, t - start)
+    for t in range(start, stop):
+        odds = floats_T5[t, 2]
+        rest = math.log(_ONE + _exp(min(abs(odds), _FLOOR)))  # of e^-|odds|: neither a sharp nor a flat row overflows
+        logprobs_TK[t, 0] = min(-odds, _ZERO) - rest - math.log(tail_T[t])
+        tail_T[t] = min(odds, _ZERO) - rest
+    for t in range(start, stop):
+        top = logprobs_TK[t, 0]
         for k in range(x_BK.shape[1]):
             logprobs_TK[t, k] = top - x_BK[t - start, k]
-        tail_T[t] = min(odds, _ZERO) - rest
 
 
 # -- packed: ids in probability order ----------------------------------------------------------------------
@@ -207,7 +224,7 @@ def encode_packed(
     """Fill records and their first three floats: ids, those of ranks >= 3 with the step from x_{k-1} to x_k."""
     top_k = ids_TK.shape[1]
     plain = min(2, top_k)
-    x_BK, field_BK1 = np.empty((_BLOCK, top_k), np.float32), np.zeros((_BLOCK, top_k + 1), np.int64)
+    x_BK, field_BK1 = np.empty((_BLOCK, top_k), np.float32), np.zeros((_BLOCK, top_k + 1), np.int32)
     words, row = _stream(raw_TW)
     for start in range(0, ids_TK.shape[0], _BLOCK):
         problem = _measure(ids_TK, logprobs_TK, tail_T, vocab_size, start, x_BK, floats_T5)
@@ -215,9 +232,9 @@ def encode_packed(
             return problem
         stop = min(start + _BLOCK, ids_TK.shape[0])
         for t in range(start, stop):
-            floats_T5[t, 1] = _as_f16(max(_widest_step(x_BK, t - start), _SMALLEST))
+            floats_T5[t, 1] = _as_f16(max(_widest_step(x_BK, t - start, floats_T5[t, 0]), _SMALLEST))
         for t in range(start, stop):
-            _step_fields(x_BK, floats_T5[t, 1], ids_TK, t, width, field_BK1, t - start)
+            _step_fields(x_BK, floats_T5[t, 0], floats_T5[t, 1], ids_TK, t, width, field_BK1, t - start)
         for t in range(start, stop):
             words[0] = ids_TK[t, 0]
             if plain == 2:
@@ -229,22 +246,23 @@ def encode_packed(
 
 
 @compiled
-def _widest_step(x_BK: Any, b: Any) -> Any:
-    """Largest x_k - x_{k-1} >= 0; as integers, whose maximum becomes vectors and whose order is the same."""
-    widest, before = np.int32(0), x_BK[b, 0]
+def _widest_step(x_BK: Any, b: Any, second: Any) -> Any:
+    """Largest x_k - x_{k-1} from x_2 on; as integers, whose maximum becomes vectors and whose order is the same."""
+    widest, before = np.int32(0), _ZERO
     for k in range(x_BK.shape[1]):
-        widest = np.int32(max(widest, np.float32(x_BK[b, k] - before).view(np.int32)))
-        before = x_BK[b, k]
+        above = max(x_BK[b, k] - second, _ZERO)
+        widest = np.int32(max(widest, np.float32(above - before).view(np.int32)))
+        before = above
     return np.int32(widest).view(np.float32)
 
 
 @compiled
-def _step_fields(x_BK: Any, span: Any, ids_TK: Any, t: Any, width: Any, field_BK1: Any, b: Any) -> None:
+def _step_fields(x_BK: Any, second: Any, span: Any, ids_TK: Any, t: Any, width: Any, field_BK1: Any, b: Any) -> None:
     """Fill id << width | step. Places are rounded, not steps: errors do not add up."""
     # The difference of two roundings is at most 1 above the difference, hence a level less than a code has.
     scale, before = np.float32((1 << width) - 2) / span, np.int32(0)
     for k in range(x_BK.shape[1]):
-        place = np.int32(x_BK[b, k] * scale + _HALF)
+        place = np.int32(max(x_BK[b, k] - second, _ZERO) * scale + _HALF)
         field_BK1[b, k] = (ids_TK[t, k] << width) | (place - before)
         before = place
 
@@ -256,16 +274,15 @@ def decode_packed(
     """Inverse of `encode_packed`."""
     top_k = ids_TK.shape[1]
     plain, id_mask = min(2, top_k), (np.uint64(1) << np.uint64(id_width)) - np.uint64(1)
-    x_BK, field_BK1 = np.empty((_BLOCK, top_k), np.float32), np.zeros((_BLOCK, top_k + 1), np.int64)
-    words, row = _stream(raw_TW)
+    x_BK, field_BK1 = np.empty((_BLOCK, top_k), np.float32), np.zeros((_BLOCK, top_k + 1), np.int32)
+    raw, size = raw_TW.reshape(-1), raw_TW.shape[1]
     for start in range(0, ids_TK.shape[0], _BLOCK):
         stop = min(start + _BLOCK, ids_TK.shape[0])
         for t in range(start, stop):
-            for j in range(row.shape[0]):
-                row[j] = raw_TW[t, j]
+            first_ids = _word(raw, np.uint64(t * size))
             for k in range(plain):
-                field_BK1[t - start, k] = ((words[0] >> np.uint64(k * id_width)) & id_mask) << np.uint64(width)
-            _take(words, plain * id_width, field_BK1, t - start, plain, id_width + width)
+                field_BK1[t - start, k] = ((first_ids >> np.uint64(k * id_width)) & id_mask) << np.uint64(width)
+            _take(raw, t * size, plain * id_width, field_BK1, t - start, plain, id_width + width)
         for t in range(start, stop):
             for k in range(top_k):
                 ids_TK[t, k] = field_BK1[t - start, k] >> width
@@ -275,12 +292,13 @@ def decode_packed(
 
 @compiled
 def _add_steps(field_BK1: Any, b: Any, width: Any, second: Any, span: Any, x_BK: Any) -> None:
-    place, mask, step = np.int32(0), np.int64((1 << width) - 1), span / np.float32((1 << width) - 2)
+    """x from the fields' steps, which their sums replace."""
+    place, mask, step = np.int32(0), np.int32((1 << width) - 1), span / np.float32((1 << width) - 2)
     for k in range(x_BK.shape[1]):
-        place += np.int32(field_BK1[b, k] & mask)
-        x_BK[b, k] = place
+        place = np.int32(place + np.int32(field_BK1[b, k] & mask))
+        field_BK1[b, k] = place
     for k in range(x_BK.shape[1]):
-        x_BK[b, k] = second + x_BK[b, k] * step
+        x_BK[b, k] = second + np.float32(field_BK1[b, k]) * step
 
 
 # -- compact: ids as a set ---------------------------------------------------------------------------------
@@ -299,10 +317,12 @@ def codes_of_sets(
         if problem != OK:
             return problem
         for t in range(start, min(start + _BLOCK, ids_TK.shape[0])):
-            floats_T5[t, 1] = _as_f16(max(x_BK[t - start, top_k - 1], _SMALLEST))
+            second = floats_T5[t, 0]
+            floats_T5[t, 1] = _as_f16(max(x_BK[t - start, top_k - 1] - second, _SMALLEST))
             scale = np.float32(last) / floats_T5[t, 1]
             for k in range(top_k):
-                code_K[k] = np.int32(1) + min(np.int32(x_BK[t - start, k] * scale + _HALF), last)
+                place = np.int32(max(x_BK[t - start, k] - second, _ZERO) * scale + _HALF)
+                code_K[k] = np.int32(1) + min(place, last)
             code_K[0] = 0
             for k in range(top_k):
                 keys_TK[t, k] = (ids_TK[t, k] << width) | code_K[k]
@@ -316,7 +336,7 @@ def encode_sets(keys_TK: Any, low: Any, width: Any, raw_TW: Any) -> None:
     """
     top_k = keys_TK.shape[1]
     mask = np.int64((1 << (low + width)) - 1)
-    field_BK1, high_K = np.zeros((1, top_k + 1), np.int64), np.empty(top_k, np.int64)
+    field_BK1, high_K = np.zeros((1, top_k + 1), np.int32), np.empty(top_k, np.int64)
     words, row = _stream(raw_TW)
     for t in range(keys_TK.shape[0]):
         for k in range(top_k):
@@ -335,17 +355,15 @@ def encode_sets(keys_TK: Any, low: Any, width: Any, raw_TW: Any) -> None:
 def decode_sets(raw_TW: Any, low: Any, width: Any, id_width: Any, highest: Any, keys_TK: Any) -> None:
     """Fill keys code << id_width | id, by ascending id. `highest`: the largest high part of an id."""
     top_k = keys_TK.shape[1]
-    high_K1, field_BK1 = np.zeros(top_k + 1, np.int64), np.zeros((1, top_k + 1), np.int64)
-    words, row = _stream(raw_TW)
+    high_K1, field_BK1 = np.zeros(top_k + 1, np.int64), np.zeros((1, top_k + 1), np.int32)
+    raw, size = raw_TW.reshape(-1), raw_TW.shape[1]
     for t in range(keys_TK.shape[0]):
-        for j in range(row.shape[0]):
-            row[j] = raw_TW[t, j]
         found: Any = 0
         for i in range(top_k + highest):  # no branch: it would be guessed wrong every other time
-            bit = np.uint64(top_k * (low + width) + i)
+            bit = np.uint64(8 * t * size + top_k * (low + width) + i)
             high_K1[np.uint64(min(found, top_k))] = i - found
-            found += np.int64((words[bit >> np.uint64(6)] >> (bit & np.uint64(63))) & np.uint64(1))
-        _take(words, 0, field_BK1, 0, 0, low + width)
+            found += np.int64((raw[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & np.uint8(1))
+        _take(raw, t * size, 0, field_BK1, 0, 0, low + width)
         for k in range(top_k):
             code = field_BK1[0, k] & ((1 << width) - 1)
             keys_TK[t, k] = (code << id_width) | (high_K1[k] << low) | (field_BK1[0, k] >> width)
@@ -376,10 +394,9 @@ def finish_sets(
 @compiled
 def _count(logprobs_TK: Any, t: Any, draws: Any, count_K: Any) -> Any:
     """Fill how often each entry was drawn; returns the number of distinct ids, 0 for a row that is not N draws."""
-    wrong: Any = 0
     total: Any = 0
     distinct: Any = 0
-    before = draws
+    wrong, before = 0, draws
     for k in range(count_K.shape[0]):
         share = math.exp(float(logprobs_TK[t, k])) * draws
         count = np.int64(share + 0.5) if share < 256.0 else 256  # NaN too

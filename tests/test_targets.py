@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from pipeline.batches import _inert
 from pipeline.errors import StoreError
 from pipeline.targets import clipped_top_k, concatenate, draw_offsets, drawn_from_logits, from_logits
 
@@ -169,5 +170,8 @@ def test_sampled_parts_are_padded_and_not_mixed_with_others():
     assert torch.equal(joined.ids[:3, : a.top_k], a.ids)
     assert joined.logprobs[:3, a.top_k :].eq(-math.inf).all()
     assert torch.equal(joined.rows(slice(3, 5)).to("cpu").logprobs, b.logprobs)
+    released = concatenate([a, _inert(2, a)])  # of samples that are no longer distilled
+    assert released.sampled and len(released) == 5
+    assert released.logprobs[3:].exp().sum() == 0 and released.entropy[3:].sum() == 0
     with pytest.raises(StoreError, match="sampled and top-k"):
         concatenate([a, random_targets(2, 50, a.top_k)])
