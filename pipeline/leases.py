@@ -1,7 +1,8 @@
 """Who is working on which shard: lease files, so that any number of workers may come, go and be killed.
 
-A lease only saves work. Two workers that do the same shard write the same bytes under the same name, so a wrong guess
-about a dead worker (clocks that differ, a stalled file system) costs time and nothing else.
+A lease only saves work; no number depends on it. After a wrong guess about a dead worker (clocks that differ, a stalled
+file system) two workers may write one shard: one of them may then stop with an error, and if their machines round
+differently the shard may not match its record. The store's checks find that, and the next run writes the shard again.
 """
 
 import json
@@ -91,7 +92,7 @@ class ShardLeases:
             for path in held:
                 try:
                     os.utime(path)
-                except FileNotFoundError:  # another worker thought us dead; both will write the same bytes
+                except FileNotFoundError:  # another worker thought us dead, see above
                     continue
 
 
