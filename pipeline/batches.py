@@ -17,7 +17,7 @@ from pipeline.config import DataConfig
 from pipeline.data import Sample
 from pipeline.errors import StoreError
 from pipeline.processor import Encoded, Processor, collate
-from pipeline.store import SoftTargetStore
+from pipeline.target_store import SoftTargetStore
 from pipeline.targets import SoftTargets, concatenate
 from pipeline.vision import CellWords
 

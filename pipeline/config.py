@@ -83,7 +83,9 @@ class DataConfig(Section):
     max_pixels: Positive = 320 * 192
     """Largest image area the vision tower sees; larger images are scaled down."""
     max_length: Positive = 512
-    """Longest sequence in tokens, image tokens included. Longer samples are refused by name."""
+    """Longest sequence in tokens, image tokens included."""
+    long_answers: Literal["refuse", "cut"] = "refuse"
+    """Name a longer sample and end, or cut its answer; the teacher pass counts the tokens cut."""
     workers: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)] = 0
     """DataLoader workers per rank."""
 
@@ -178,13 +180,28 @@ class ModelConfig(Section):
         return self
 
 
+class SketchConfig(Section):
+    """Sketches of a teacher's hidden states at image cells and answer tokens (METHOD section 1)."""
+
+    layer: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
+    """Which hidden states, counted as transformers does: 0 is what the first decoder layer reads."""
+    dim: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=64, le=1024, multiple_of=64)] = 128
+    """Values a sketch has; bytes = 1.03 times that."""
+    seed: int = 0
+    """Of the random projection."""
+
+
 class TargetsConfig(Section):
     """The teacher pass and its store."""
 
     teacher: str = "jobs.teacher"
     """Model reference of the teacher."""
-    store: Path | None = None
-    """Store folder; None: `<run.dir>/store`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision that the teacher computes in; log-probabilities are always taken in float32."""
+    device_map: str | dict[str, int | str] | None = None
+    """Spread a teacher that one device cannot hold: as in transformers, `auto` or module names and their devices."""
+    store: str | None = None
+    """Folder or fsspec URL (`s3://bucket/store`) of the store; None: `<run.dir>/store`."""
     codec: Literal["packed", "compact", "sampled"] = "packed"
     """What is kept of a token's distribution. `packed`: the `top_k` most probable tokens, codec error below 1e-5 nats;
     `compact`: the same in a quarter less room, below 1e-3 nats; `sampled`: `draws` random tokens, unbiased."""
@@ -196,8 +213,10 @@ class TargetsConfig(Section):
     """Draws per answer token (`sampled`)."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature the targets are made at; it cannot be changed afterwards."""
+    sketches: SketchConfig | None = None
+    """Also keep feature sketches; None: soft targets alone."""
     shard_samples: Positive = 512
-    """Samples per shard."""
+    """Samples per shard, of shards that are planned from now on."""
     batch_size: Positive = 16
     """Samples per teacher forward."""
 
@@ -405,9 +424,9 @@ class Recipe(Section):
         return Path(self.tokenizer.path) if self.tokenizer.path else self.run.dir / "processor"
 
     @property
-    def store_dir(self) -> Path:
-        """Folder of the soft-target store."""
-        return self.targets.store or self.run.dir / "store"
+    def store_url(self) -> str:
+        """Folder or URL of the soft-target store."""
+        return self.targets.store or str(self.run.dir / "store")
 
     def model_dir(self, ref: str) -> Path:
         """Folder of the Hugging Face checkpoint that a model reference names."""

@@ -24,9 +24,10 @@ from pipeline.config import HardnessConfig, Recipe
 from pipeline.data import Sample, read_samples
 from pipeline.errors import CheckpointError, UserError, run_main
 from pipeline.processor import Processor
-from pipeline.store import SoftTargetStore, identity_digest
+from pipeline.records import identity_digest
+from pipeline.target_store import SoftTargetStore
 from pipeline.targets import SoftTargets
-from pipeline.teacher import expected_identity
+from pipeline.teacher import dataset_fingerprint, expected_identity
 
 Floats = NDArray[np.float32]
 ORIGIN = b"soft_targets"
@@ -212,7 +213,9 @@ def describe(table: HardnessTable, samples: Sequence[Sample]) -> str:
 
 def _store(recipe: Recipe, samples: Sequence[Sample]) -> SoftTargetStore:
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    return SoftTargetStore.open(recipe.store_dir, expected_identity(recipe, processor, samples))
+    store = SoftTargetStore.open(recipe.store_url, expected_identity(recipe, processor))
+    store.require([sample.sample_id for sample in samples], dataset_fingerprint(samples))
+    return store
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     path = recipe.run.dir / "hardness.parquet"
     store = _store(recipe, samples)
-    origin = identity_digest(store.identity)
+    origin = identity_digest({**store.identity, "dataset": dataset_fingerprint(samples)})
     if not _is_from(path, origin):
         prior_table(samples, store, HardnessConfig()).save(path, origin)
     print(describe(HardnessTable.load(path), samples))

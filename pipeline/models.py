@@ -1,7 +1,9 @@
 """Checkpoints in Hugging Face format: random Qwen3-VL models of any size, saving, loading, checks, counts."""
 
 import math
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +175,15 @@ def save_model(model: PreTrainedModel, processor: Processor | Path | str, dst: P
     model.save_pretrained(str(dst))
 
 
-def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> PreTrainedModel:
-    """Load a checkpoint folder in evaluation mode, on the CPU. `attention`: transformers' attention implementation.
+def load_model(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    device_map: str | Mapping[str, int | str] | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint folder in evaluation mode, on the CPU unless there is a `device_map` (as transformers').
+
+    `attention` is transformers' attention implementation.
 
     Raises:
         UserError: no checkpoint there, or one that cannot be read or misses weights.
@@ -186,6 +195,8 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32, attention: str = 
             "or correct the model reference in the recipe."
         )
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
+    if device_map is not None:
+        options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     loaded: Any
     try:
         loaded = AutoModelForImageTextToText.from_pretrained(str(path), output_loading_info=True, **options)
@@ -248,9 +259,10 @@ def weights_hash(path: Path) -> str:
 
 
 def compute_device(name: str) -> torch.device:
-    """The device that `run.device` names; `auto` is a GPU where there is one."""
+    """The device that `run.device` names; `auto` is a launched process's own GPU where there is one."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return torch.device(name)
 
 

@@ -42,6 +42,7 @@ _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(i)) for i in range(2, 7
 
 def compiled(function: F, **options: Any) -> F:
     """The function in machine code; without a cache where no folder can be written to."""
+    options["nogil"] = True  # the teacher's forward goes on while a shard is encoded
     options["error_model"] = "numpy"  # a division that may raise keeps its loop from becoming vectors
     try:
         return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]

@@ -50,6 +50,8 @@ class Encoded:
     """f32[P, C*T*p*p]"""
     image_grid_thw: Tensor
     """i64[n, 3]: frames, rows and columns of patches per image."""
+    cut_tokens: int = 0
+    """Answer tokens dropped to fit `data.max_length`, <|im_end|> among them."""
 
 
 class Batch(TypedDict):
@@ -62,6 +64,7 @@ class Batch(TypedDict):
     pixel_values: Tensor
     image_grid_thw: Tensor
     sample_ids: list[str]
+    cut_tokens: int
 
 
 class Processor:
@@ -73,12 +76,13 @@ class Processor:
         image_processor: Qwen2VLImageProcessorPil,
         max_length: int,
         origin: str,
+        cuts_answers: bool = False,
     ) -> None:
         """Wrap parts loaded from the folder `origin`. Raises UserError as `load` does."""
         _check_tokenizer(tokenizer, origin)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.max_length = max_length
+        self.max_length, self.cuts_answers = max_length, cuts_answers
         self.origin = origin
         vocab = tokenizer.get_vocab()
         token_id = {token: vocab[token] for token in SPECIAL_TOKENS}
@@ -115,7 +119,7 @@ class Processor:
             image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
-        return cls(tokenizer, image_processor, data.max_length, str(path))
+        return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut")
 
     def encode(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """Prompt, answer and <|im_end|>; the answer and its end are labels.
@@ -132,14 +136,17 @@ class Processor:
         _check_text(sample, "answer", answer_text)
         prompt = self.encode_prompt(sample, blind=blind)
         answer_ids = [*self.tokenizer.encode(answer_text, add_special_tokens=False), self.eos_id]
-        answer = torch.tensor(answer_ids, dtype=torch.int64)
-        self._check_length(sample, len(prompt.input_ids) + len(answer))
+        room = self.max_length - len(prompt.input_ids)
+        kept = answer_ids[:room] if self.cuts_answers and room > 0 else answer_ids
+        self._check_length(sample, len(prompt.input_ids) + len(kept))
+        answer = torch.tensor(kept, dtype=torch.int64)
         return Encoded(
             sample_id=sample.sample_id,
             input_ids=torch.cat([prompt.input_ids, answer]),
             labels=torch.cat([prompt.labels, answer]),
             pixel_values=prompt.pixel_values,
             image_grid_thw=prompt.image_grid_thw,
+            cut_tokens=len(answer_ids) - len(kept),
         )
 
     def encode_prompt(self, sample: Sample, *, blind: bool = False) -> Encoded:
@@ -173,7 +180,9 @@ class Processor:
     def identity(self) -> dict[str, str]:
         """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
         images = {key: value for key, value in self.image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
+        length = {"max_length": str(self.max_length)} if self.cuts_answers else {}
         return {
+            **length,
             "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
             "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
             "chat_template": _sha256(str(self.tokenizer.chat_template)),
@@ -206,7 +215,7 @@ class Processor:
         if length > self.max_length:
             raise DataError(
                 f"sample {sample.sample_id}: {length} tokens, data.max_length allows {self.max_length}. "
-                "Raise data.max_length, lower data.max_pixels, or drop the sample; it is never cut silently."
+                "Raise data.max_length, lower data.max_pixels, drop the sample, or set data.long_answers to cut."
             )
 
 
@@ -238,6 +247,7 @@ def collate(
         pixel_values=torch.cat([e.pixel_values for e in encoded]),
         image_grid_thw=torch.cat([e.image_grid_thw for e in encoded]),
         sample_ids=[e.sample_id for e in encoded],
+        cut_tokens=sum(e.cut_tokens for e in encoded),
     )
 
 

@@ -1,18 +1,16 @@
-"""One shard of the soft-target store on disk: a safetensors file, and the commit record that makes it count.
+"""One shard of a store: a safetensors file, and the commit record that makes it count.
 
-The file holds flat tensors: `rec` u8 (what a codec made of each sample, one behind the other), `off`
-i64[samples + 1] (where each begins in `rec`), `tokens` i64[samples], `crc32c` u32[samples], `sample_id` u8 (UTF-8,
-one id a line). The record, a small JSON file written last, holds sizes, counts and hashes. A shard without a record
-does not exist. Bytes outside `rec` are hashed when a shard is opened, `rec` carries one crc32c a sample: no number is
-returned before its bytes were checked.
+The file holds flat tensors: `rec` u8 (the encoded samples, one behind the other), `off` i64[samples + 1] (where each
+begins in `rec`), `rows` i64[samples], `crc32c` u32[samples], `sample_id` u8 (UTF-8, one id a line). The record, a
+small JSON file written last, holds sizes, counts and hashes. A shard without a record does not exist. Bytes outside
+`rec` are hashed when a shard is opened, `rec` carries one crc32c a sample: no number is returned before its bytes were
+checked. What belongs to the same samples but is read apart has a file and a record of its own `kind`.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import crc32c
 import numpy as np
@@ -22,9 +20,12 @@ from safetensors.numpy import save
 
 from pipeline.codecs import Bytes
 from pipeline.errors import StoreError
+from pipeline.storage import Folder
 
-FORMAT_VERSION = 2
-_SUFFIX = ".safetensors"
+FORMAT_VERSION = 3
+
+Kind = Literal["targets", "sketches"]
+"""Soft targets (one row per answer token), or feature sketches (one row per image cell and answer token)."""
 
 
 class ShardDamagedError(StoreError):
@@ -36,13 +37,13 @@ class CommitRecord:
     """What a shard file must look like. Written after the shard is safely on disk."""
 
     format_version: int
+    kind: Kind
     shard: int
     """Shard number."""
     identity: str
     """Digest of the manifest's identity."""
-    codec: str
     samples: int
-    tokens: int
+    rows: int
     bytes: int
     """Size of the shard file."""
     rec_begin: int
@@ -58,68 +59,70 @@ class CommitRecord:
 class ShardIndex:
     """Where the samples of one shard are. Checked against the commit record."""
 
-    path: Path
+    folder: Folder
     record: CommitRecord
     sample_ids: tuple[str, ...]
     offsets: NDArray[np.int64]
     """i64[samples + 1], positions in `rec`."""
-    tokens: NDArray[np.int64]
+    rows: NDArray[np.int64]
     """i64[samples]"""
     crcs: NDArray[np.uint32]
     """u32[samples]"""
 
-    def read(self, row: int) -> tuple[Bytes, int]:
-        """Bytes u8 of one sample, and its answer tokens.
+    def read(self, place: int) -> tuple[Bytes, int]:
+        """Bytes u8 of one sample, and its rows.
 
         Raises:
-            ShardDamagedError: the bytes on disk do not match their checksum.
+            ShardDamagedError: the bytes in the store do not match their checksum.
         """
-        first, last = int(self.offsets[row]), int(self.offsets[row + 1])
-        raw = _pread(self.path, last - first, self.record.rec_begin + first)
-        if len(raw) != last - first or crc32c.crc32c(raw) != int(self.crcs[row]):
-            sample_id = self.sample_ids[row]
-            raise ShardDamagedError(f"{self.path}: sample {sample_id} does not match its checksum")
+        first, last = int(self.offsets[place]), int(self.offsets[place + 1])
+        begin, name = self.record.rec_begin, shard_name(self.record.shard, self.record.kind)
+        raw = _read(self.folder, name, begin + first, begin + last)
+        if len(raw) != last - first or crc32c.crc32c(raw) != int(self.crcs[place]):
+            sample_id = self.sample_ids[place]
+            raise ShardDamagedError(f"{self.folder}/{name}: sample {sample_id} does not match its checksum")
         # frombuffer is read-only, and torch wants memory that it may write to.
-        return np.frombuffer(bytearray(raw), np.uint8), int(self.tokens[row])
+        return np.frombuffer(bytearray(raw), np.uint8), int(self.rows[place])
 
 
-def shard_path(root: Path, shard: int) -> Path:
+def shard_name(shard: int, kind: Kind) -> str:
     """File of a shard."""
-    return root / f"shard-{shard:05d}{_SUFFIX}"
+    return f"shard-{shard:05d}.{kind}.safetensors"
 
 
-def record_path(root: Path, shard: int) -> Path:
+def record_name(shard: int, kind: Kind) -> str:
     """Commit record of a shard."""
-    return root / f"shard-{shard:05d}.json"
+    return f"shard-{shard:05d}.{kind}.json"
 
 
-def recorded_shards(root: Path) -> list[int]:
+def recorded_shards(folder: Folder, kind: Kind) -> list[int]:
     """Numbers of the shards that have a commit record, ascending."""
-    return sorted(int(path.stem.removeprefix("shard-")) for path in root.glob("shard-[0-9]*.json"))
+    ending = f".{kind}.json"
+    names = [n for n in folder.names() if n.startswith("shard-") and n.endswith(ending)]
+    return sorted(int(name.removeprefix("shard-").removesuffix(ending)) for name in names)
 
 
 def write_shard(
-    root: Path,
-    shard: int,
-    samples: Sequence[tuple[str, int, Bytes]],
-    *,
-    identity: str,
-    codec: str,
+    folder: Folder, shard: int, kind: Kind, samples: Sequence[tuple[str, int, Bytes]], identity: str
 ) -> CommitRecord:
     """Write and commit one shard. Killed at any moment it leaves either no shard or the whole of it.
 
     Args:
-        samples: (sample_id, answer tokens, bytes u8); the bytes on disk are a function of these alone.
+        samples: (sample_id, rows, bytes u8); the bytes in the file are a function of these alone.
+        identity: digest of the store's identity.
+
+    Raises:
+        StoreError: a bad sample id, or another process writes the shard too.
     """
     raw = _shard_bytes(samples)
     begin, end = _rec_span(raw)
     record = CommitRecord(
         format_version=FORMAT_VERSION,
+        kind=kind,
         shard=shard,
         identity=identity,
-        codec=codec,
         samples=len(samples),
-        tokens=sum(tokens for _, tokens, _ in samples),
+        rows=sum(rows for _, rows, _ in samples),
         bytes=len(raw),
         rec_begin=begin,
         rec_end=end,
@@ -127,96 +130,67 @@ def write_shard(
         xxh3_128=xxhash.xxh3_128_hexdigest(raw),
     )
     try:
-        write_atomic(shard_path(root, shard), raw)
-        write_atomic(record_path(root, shard), sealed_json(asdict(record)))
-    except FileNotFoundError:  # whoever commits a shard clears its leftovers
-        problem = f"{shard_path(root, shard)}: another process writes it too; give each a different --worker"
+        folder.write(shard_name(shard, kind), raw)
+        folder.write(record_name(shard, kind), sealed_json(asdict(record)))
+    except FileNotFoundError:
+        problem = f"{folder}/{shard_name(shard, kind)}: another process writes it too; give each a different --worker"
         raise StoreError(problem) from None
-    clear_leftovers(shard_path(root, shard))
     return record
 
 
-def open_shard(root: Path, shard: int) -> ShardIndex:
+def open_shard(folder: Folder, shard: int, kind: Kind) -> ShardIndex:
     """Read a shard's index, checking its record, the file's size and every byte outside the records.
 
     Raises:
         ShardDamagedError: any of these is missing or not as written.
     """
-    record = read_record(root, shard)
-    path = shard_path(root, shard)
-    size = path.stat().st_size if path.is_file() else None
+    record, name = read_record(folder, shard, kind), shard_name(shard, kind)
+    path, size = f"{folder}/{name}", folder.size(name)
     if size is None:
         raise ShardDamagedError(f"{path}: missing, but its commit record promises {record.samples} samples")
     if size != record.bytes:
         raise ShardDamagedError(f"{path}: {size} bytes, but its commit record says {record.bytes}")
-    head = _pread(path, record.rec_begin, 0)
-    index = head + _pread(path, size - record.rec_end, record.rec_end)
+    index = _read(folder, name, 0, record.rec_begin) + _read(folder, name, record.rec_end, size)
     if xxhash.xxh3_64_hexdigest(index) != record.index_xxh3_64:
         raise ShardDamagedError(f"{path}: the index does not match the hash in its commit record")
     tensors = _index_tensors(index, record)
     ids = tensors["sample_id"].tobytes().decode().split("\n") if record.samples else []
-    offsets, tokens, crcs = tensors["off"].view("<i8"), tensors["tokens"].view("<i8"), tensors["crc32c"].view("<u4")
-    return ShardIndex(path, record, tuple(ids), offsets, tokens, crcs)
+    offsets, rows, crcs = tensors["off"].view("<i8"), tensors["rows"].view("<i8"), tensors["crc32c"].view("<u4")
+    return ShardIndex(folder, record, tuple(ids), offsets, rows, crcs)
 
 
-def check_shard(root: Path, shard: int) -> None:
+def check_shard(folder: Folder, shard: int, kind: Kind) -> CommitRecord:
     """Read every byte of a shard and compare it with its record.
 
     Raises:
         ShardDamagedError: a difference.
     """
-    index = open_shard(root, shard)
-    with index.path.open("rb") as file:
-        digest = xxhash.xxh3_128()
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    if digest.hexdigest() != index.record.xxh3_128:
-        raise ShardDamagedError(f"{index.path}: the file does not match the hash in its commit record")
-    for row in range(len(index.sample_ids)):
-        index.read(row)
+    index, name = open_shard(folder, shard, kind), shard_name(shard, kind)
+    if xxhash.xxh3_128_hexdigest(_read(folder, name, 0, index.record.bytes)) != index.record.xxh3_128:
+        raise ShardDamagedError(f"{folder}/{name}: the file does not match the hash in its commit record")
+    for place in range(len(index.sample_ids)):
+        index.read(place)
+    return index.record
 
 
-def read_record(root: Path, shard: int) -> CommitRecord:
+def read_record(folder: Folder, shard: int, kind: Kind) -> CommitRecord:
     """A shard's commit record.
 
     Raises:
         ShardDamagedError: the record is not as written, or describes another shard or format.
     """
-    path = record_path(root, shard)
+    path, content = f"{folder}/{record_name(shard, kind)}", unsealed_json(folder, record_name(shard, kind))
+    if content.get("format_version") != FORMAT_VERSION:
+        raise ShardDamagedError(
+            f"{path}: format version {content.get('format_version')}, this code reads {FORMAT_VERSION}"
+        )
     try:
-        record = CommitRecord(**unsealed_json(path))
+        record = CommitRecord(**content)
     except TypeError as error:
         raise ShardDamagedError(f"{path}: not a commit record of this version: {error}") from None
-    if record.format_version != FORMAT_VERSION:
-        raise ShardDamagedError(f"{path}: format version {record.format_version}, this code reads {FORMAT_VERSION}")
-    if record.shard != shard:
-        raise ShardDamagedError(f"{path}: describes shard {record.shard}")
+    if (record.shard, record.kind) != (shard, kind):
+        raise ShardDamagedError(f"{path}: describes shard {record.shard}, {record.kind}")
     return record
-
-
-def write_atomic(path: Path, raw: bytes) -> None:
-    """Write a file so that after a crash or power cut it is either absent (or as before) or whole.
-
-    Raises:
-        FileNotFoundError: another process finished the same file and cleared this one's temporary.
-    """
-    temporary = path.with_name(f".{path.stem}.{os.uname().nodename}-{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is durable only then
-    finally:
-        os.close(folder)
-
-
-def clear_leftovers(path: Path) -> None:
-    """Remove the temporary files of killed runs beside a file that is whole."""
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def sealed_json(content: dict[str, Any]) -> bytes:
@@ -225,21 +199,21 @@ def sealed_json(content: dict[str, Any]) -> bytes:
     return (json.dumps({**content, "seal": seal}, sort_keys=True, indent=1) + "\n").encode()
 
 
-def unsealed_json(path: Path) -> dict[str, Any]:
+def unsealed_json(folder: Folder, name: str) -> dict[str, Any]:
     """The content of a file written as `sealed_json`.
 
     Raises:
         ShardDamagedError: it is missing, or one bit of it changed.
     """
     try:
-        raw = path.read_bytes()
+        raw = folder.read(name)
         content = dict(json.loads(raw))
     except (OSError, ValueError) as error:
-        raise ShardDamagedError(f"{path}: cannot be read: {error}") from None
+        raise ShardDamagedError(f"{folder}/{name}: cannot be read: {error}") from None
     content.pop("seal", None)
     # Compared as bytes: white space, key order and number format are sealed too.
     if sealed_json(content) != raw:
-        raise ShardDamagedError(f"{path}: does not match its own seal")
+        raise ShardDamagedError(f"{folder}/{name}: does not match its own seal")
     return content
 
 
@@ -251,7 +225,7 @@ def _shard_bytes(samples: Sequence[tuple[str, int, Bytes]]) -> bytes:
     tensors: dict[str, NDArray[Any]] = {
         "rec": np.concatenate([np.zeros(0, np.uint8), *(raw for _, _, raw in samples)]),
         "off": np.array([0, *(len(raw) for _, _, raw in samples)], np.int64).cumsum(),
-        "tokens": np.array([tokens for _, tokens, _ in samples], np.int64),
+        "rows": np.array([rows for _, rows, _ in samples], np.int64),
         "crc32c": np.array([crc32c.crc32c(np.ascontiguousarray(raw).data) for _, _, raw in samples], np.uint32),
         "sample_id": np.frombuffer(ids, np.uint8),
     }
@@ -275,19 +249,15 @@ def _index_tensors(index: bytes, record: CommitRecord) -> dict[str, Bytes]:
     header, data = _header(index)
     cut = record.rec_end - record.rec_begin
     tensors: dict[str, Bytes] = {}
-    for name in ("off", "tokens", "crc32c", "sample_id"):
+    for name in ("off", "rows", "crc32c", "sample_id"):
         begin, end = (data + offset for offset in header[name]["data_offsets"])
         shift = cut if begin >= record.rec_end else 0
         tensors[name] = np.frombuffer(index[begin - shift : end - shift], np.uint8)
     return tensors
 
 
-def _pread(path: Path, length: int, position: int) -> bytes:
+def _read(folder: Folder, name: str, begin: int, end: int) -> bytes:
     try:
-        file = os.open(path, os.O_RDONLY)
+        return folder.read(name, begin, end)
     except OSError as error:
-        raise ShardDamagedError(f"{path}: cannot be read: {error}") from None
-    try:
-        return os.pread(file, length, position)
-    finally:
-        os.close(file)
+        raise ShardDamagedError(f"{folder}/{name}: cannot be read: {error}") from None

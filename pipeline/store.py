@@ -1,332 +1,194 @@
-"""The soft-target store: shards of records keyed by sample_id, bound to everything that made them.
-
-`manifest.json` holds the identity (what changes a stored number) and the layout (which sample is in which
-shard); `shards.py` describes a shard. Every byte is checked before a number made from it is returned.
+"""Commands for people who look after a store.
 
     python -m pipeline.store {verify,inspect,stats} --config RECIPE.yaml
+    python -m pipeline.store merge --from URL [--from URL ...] --config RECIPE.yaml
+    python -m pipeline.store export --out DIR --config RECIPE.yaml
+
+`merge` copies what the recipe's store lacks from stores of the same identity, so it also moves a store to or from an
+object store. `export` writes Parquet.
 """
 
 import argparse
-import contextlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 from tqdm import tqdm
 
-from pipeline.codecs import CODECS, Bytes, spec_of
 from pipeline.command_line import parse_args
 from pipeline.config import Recipe
-from pipeline.errors import StoreError, run_main
+from pipeline.data import Sample, read_samples
+from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.processor import Processor
-from pipeline.shards import (
-    CommitRecord,
-    ShardDamagedError,
-    ShardIndex,
-    check_shard,
-    clear_leftovers,
-    open_shard,
-    read_record,
-    record_path,
-    recorded_shards,
-    sealed_json,
-    unsealed_json,
-    write_atomic,
-    write_shard,
+from pipeline.records import (
+    DISCARD,
+    RecordStore,
+    RecordWriter,
+    damaged_shards,
+    read_parts,
+    refuse_differences,
 )
-from pipeline.targets import SoftTargets
+from pipeline.shards import Kind, record_name, recorded_shards
+from pipeline.sketches import SketchStore
+from pipeline.storage import folder_at
+from pipeline.store_export import export_parquet
+from pipeline.target_store import SoftTargetStore
 
-Identity = dict[str, Any]
-"""JSON scalars by name; equality is the reuse test. Holds at least what `codecs.identity_of` gives."""
-
-REBUILD = "`python -m pipeline.teacher --config RECIPE.yaml` rebuilds the shards that are missing or damaged"
-START_AGAIN = "Delete the folder and run `python -m pipeline.teacher --config RECIPE.yaml` again."
-DISCARD = (
-    "`python -m pipeline.store verify --discard --config RECIPE.yaml` drops what is damaged, then "
-    "`python -m pipeline.teacher --config RECIPE.yaml` rebuilds it"
-)
+_READERS: Mapping[Kind, type[RecordStore]] = {"targets": SoftTargetStore, "sketches": SketchStore}
+_MASS_EDGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
+_DRAWN_EDGES = (2, 3, 5, 9, 17, 33, 65)
 
 
-class StoreWriter:
-    """Adds shards to a store. Any number of processes may write different shards at once."""
+def merge(url: str | Path, sources: Sequence[str], shard_samples: int) -> int:
+    """Copy what a store lacks from others, checking every byte. Killed, it goes on where it was.
 
-    def __init__(self, root: Path, identity: Identity, *, num_samples: int, shard_samples: int) -> None:
-        """Create the store's manifest, or check that the one on disk says the same.
-
-        Raises:
-            StoreError: the store was made for another identity or layout; nothing was changed.
-        """
-        self.root, self.identity = root, identity
-        layout = {"num_samples": num_samples, "shard_samples": shard_samples}
-        if not _manifest_path(root).exists():
-            root.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another worker was first
-                write_atomic(_manifest_path(root), sealed_json({"identity": identity, "layout": layout}))
-        manifest = _read_manifest(root)  # read back, for the same reason
-        clear_leftovers(_manifest_path(root))
-        _refuse_differences(root, "identity", manifest["identity"], identity)
-        _refuse_differences(root, "layout", manifest["layout"], layout)
-
-    def write_shard(self, shard: int, samples: Sequence[tuple[str, SoftTargets]]) -> CommitRecord:
-        """Encode and commit one shard, replacing a damaged one. Atomic against kill -9 and power cuts.
-
-        Raises:
-            StoreError: targets that the codec refuses, a repeated sample id, or two processes writing one shard.
-        """
-        if len({sample_id for sample_id, _ in samples}) != len(samples):
-            raise StoreError(f"shard {shard}: a sample id occurs twice; nothing was written")
-        return write_shard(
-            self.root,
-            shard,
-            [(sample_id, len(targets), self._encode(sample_id, targets)) for sample_id, targets in samples],
-            identity=identity_digest(self.identity),
-            codec=self.identity["codec"],
-        )
-
-    def _encode(self, sample_id: str, targets: SoftTargets) -> Bytes:
-        try:
-            return CODECS[self.identity["codec"]].encode(targets, spec_of(self.identity))
-        except StoreError as error:
-            raise StoreError(f"sample {sample_id}: {error}") from None
-
-    def is_whole(self, shard: int) -> bool:
-        """Whether the shard is committed and undamaged now."""
-        try:
-            _check_origin(open_shard(self.root, shard).record, self.root, identity_digest(self.identity))
-        except StoreError:
-            return False
-        return True
-
-    def committed(self) -> tuple[set[int], list[str]]:
-        """Shards that are whole, and one line for each that is damaged and has to be written again."""
-        shards, problems = _open_shards(self.root, self.identity)
-        for shard in shards.values():
-            clear_leftovers(shard.path)  # of a run that was killed right after its commit
-        return set(shards), problems
-
-
-class SoftTargetStore:
-    """Random access to soft targets by sample_id. Holds no open files: safe to fork and pickle."""
-
-    def __init__(self, root: Path, identity: Identity, shards: Sequence[ShardIndex]) -> None:
-        """Index shards that were opened before; use `SoftTargetStore.open`."""
-        self.root, self.identity = root, identity
-        self._codec, self._spec = identity["codec"], spec_of(identity)
-        self._shards = tuple(shards)
-        self._where = {
-            sample_id: (number, row)
-            for number, shard in enumerate(self._shards)
-            for row, sample_id in enumerate(shard.sample_ids)
-        }
-        if len(self._where) != sum(len(shard.sample_ids) for shard in self._shards):
-            raise StoreError(f"{root}: the same sample is in two shards. {START_AGAIN}")
-
-    @classmethod
-    def open(cls, root: Path, expected_identity: Mapping[str, Any] | None) -> "SoftTargetStore":
-        """Open a store and check its index, not yet its records.
-
-        Args:
-            expected_identity: what this run would make (`teacher.expected_identity`); None takes any.
-
-        Raises:
-            StoreError: no store; another identity (every differing field with both values); a damaged shard.
-        """
-        root = Path(root)
-        identity = dict(_read_manifest(root)["identity"])
-        if expected_identity is not None:
-            _refuse_differences(root, "identity", identity, expected_identity)
-        if identity["codec"] not in CODECS:
-            raise StoreError(f"{root}: unknown codec {identity['codec']!r}; known here: {sorted(CODECS)}")
-        shards, problems = _open_shards(root, identity)
-        if problems:
-            shown = "\n  ".join(problems[:5])
-            raise ShardDamagedError(
-                f"{root}: {len(problems)} damaged shard(s), nothing was read.\n  {shown}\n{REBUILD}."
-            )
-        return cls(root, identity, list(shards.values()))
-
-    def read(self, sample_id: str) -> SoftTargets:
-        """A sample's targets, one row per answer token.
-
-        Raises:
-            StoreError: the sample is not in the store, or its bytes do not match their checksum.
-        """
-        raw, tokens = self.read_packed(sample_id)
-        return CODECS[self._codec].decode(raw, tokens, self._spec)
-
-    def read_packed(self, sample_id: str) -> tuple[Bytes, int]:
-        """A sample's bytes u8, checked and not decoded, and its answer tokens. Raises StoreError as `read`."""
-        if sample_id not in self._where:
-            raise StoreError(f"{self.root}: no soft targets for sample {sample_id}; {REBUILD}")
-        number, row = self._where[sample_id]
-        try:
-            return self._shards[number].read(row)
-        except ShardDamagedError as error:
-            raise ShardDamagedError(f"{error}. {DISCARD}.") from None
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, sample_id: object) -> bool:
-        return sample_id in self._where
-
-    @property
-    def sample_ids(self) -> list[str]:
-        """All sample ids, in shard order."""
-        return list(self._where)
-
-    @property
-    def records(self) -> list[CommitRecord]:
-        """Commit records in shard order."""
-        return [shard.record for shard in self._shards]
-
-    def missing(self, sample_ids: Iterable[str]) -> list[str]:
-        """Those of the samples that the store lacks, in order."""
-        return [sample_id for sample_id in sample_ids if sample_id not in self._where]
-
-    def verify(self) -> list[str]:
-        """Read every byte again; one line per damaged shard."""
-        return list(damaged_shards(self.root).values())
-
-
-def damaged_shards(root: Path) -> dict[int, str]:
-    """What is wrong, by shard number, after reading every byte. Works on stores that refuse to open.
+    Returns:
+        Samples copied.
 
     Raises:
-        StoreError: there is no store, or its manifest is damaged.
+        StoreError: stores of different identities (nothing was changed), or damage in a source.
     """
-    digest = identity_digest(_read_manifest(root)["identity"])
-    problems: dict[int, str] = {}
-    for shard in tqdm(recorded_shards(root), desc="verify", unit="shard", disable=None):
-        try:
-            check_shard(root, shard)
-            _check_origin(read_record(root, shard), root, digest)
-        except ShardDamagedError as error:
-            problems[shard] = str(error)
-    return problems
-
-
-def identity_digest(identity: Mapping[str, Any]) -> str:
-    """Short form of an identity that every commit record carries."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(dict(identity), sort_keys=True))
-
-
-def _manifest_path(root: Path) -> Path:
-    return root / "manifest.json"
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    path = _manifest_path(root)
-    if not path.is_file():
-        raise StoreError(f"{root}: no soft-target store; `python -m pipeline.teacher --config RECIPE.yaml` makes it")
-    try:
-        return unsealed_json(path)
-    except ShardDamagedError as error:
-        raise StoreError(f"{error}. {START_AGAIN}") from None
-
-
-def _open_shards(root: Path, identity: Identity) -> tuple[dict[int, ShardIndex], list[str]]:
-    """(whole shards by number, one line per damaged one)"""
-    digest, shards, problems = identity_digest(identity), {}, []
-    for number in recorded_shards(root):
-        try:
-            shard = open_shard(root, number)
-            _check_origin(shard.record, root, digest)
-            shards[number] = shard
-        except ShardDamagedError as error:
-            problems.append(str(error))
-    return shards, problems
-
-
-def _check_origin(record: CommitRecord, root: Path, digest: str) -> None:
-    if record.identity != digest:
-        path = record_path(root, record.shard)
-        raise ShardDamagedError(f"{path}: was made for another identity than the store's manifest says")
-
-
-def _refuse_differences(root: Path, what: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    keys = [key for key in {**stored, **wanted} if stored.get(key) != wanted.get(key)]
-    if keys:
-        lines = "\n  ".join(f"{k}: store {stored.get(k)!r}, this run {wanted.get(k)!r}" for k in keys)
-        raise StoreError(
-            f"{root}: the soft-target store was made with another {what}.\n  {lines}\n"
-            "Set targets.store to another folder (or delete this one), then run "
-            "`python -m pipeline.teacher --config RECIPE.yaml`. Nothing was read or changed."
-        )
+    stores = [{kind: reader.open(source, None) for kind, reader in _READERS.items()} for source in sources]
+    identity = stores[0]["targets"].identity
+    for store in stores:
+        refuse_differences(store["targets"].folder, store["targets"].identity, identity)
+    writer = RecordWriter(url, identity)
+    holder = {i: store for store in reversed(stores) for i in store["targets"].sample_ids}
+    ids = list(dict.fromkeys(i for store in stores for i in store["targets"].sample_ids))
+    origin = [part["dataset"] for store in stores for part in read_parts(store["targets"].folder)]
+    planned, committed = writer.plan(ids, shard_samples, ", ".join(dict.fromkeys(origin))), writer.committed()[0]
+    todo = {shard: planned[shard] for shard in planned if shard not in committed}
+    for shard, members in tqdm(todo.items(), desc="merge", unit="shard", disable=None):
+        for kind in reversed(writer.kinds):  # the soft targets last, as the teacher does
+            read = [(i, *holder[i][kind].read_record(i)) for i in members]
+            writer.write_shard(shard, [(i, rows, raw) for i, raw, rows in read], kind)
+    return sum(map(len, todo.values()))
 
 
 def _verify(recipe: Recipe, options: argparse.Namespace) -> int:
-    problems = damaged_shards(recipe.store_dir)
-    for shard, problem in problems.items():
+    folder, problems = folder_at(recipe.store_url), damaged_shards(recipe.store_url)
+    for (shard, kind), problem in problems.items():
         print(problem)
         if options.discard:
-            record_path(recipe.store_dir, shard).unlink(missing_ok=True)
-    whole = len(recorded_shards(recipe.store_dir)) - (0 if options.discard else len(problems))
-    print(f"{recipe.store_dir}: {whole} shard(s) whole, {len(problems)} damaged")
+            folder.remove(record_name(shard, kind))
+    whole = set(recorded_shards(folder, "targets")) - {shard for shard, _ in problems}
+    print(f"{folder}: {len(whole)} shard(s) whole, {len({shard for shard, _ in problems})} damaged")
     if problems:
         print("dropped; the teacher pass rebuilds them" if options.discard else DISCARD)
     return 1 if problems else 0
 
 
 def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
-    store = SoftTargetStore.open(recipe.store_dir, None)
+    store = SoftTargetStore.open(recipe.store_url, None)
     for key, value in store.identity.items():
-        print(f"{key:22} {value}")
-    layout = _read_manifest(store.root)["layout"]
-    size, tokens = sum(r.bytes for r in store.records), sum(r.tokens for r in store.records)
-    print(f"{len(store.records)} shard(s), {len(store)} of {layout['num_samples']} samples")
+        print(f"{key:24} {value}")
+    planned = sum(len(part["sample_ids"]) for part in read_parts(store.folder))
+    size, tokens = sum(r.bytes for r in store.records), sum(r.rows for r in store.records)
+    print(f"{len(store.records)} shard(s), {len(store)} of {planned} samples")
     print(f"{tokens} tokens, {size} bytes")
     if not len(store):
         return 0
     sample_id = options.sample or store.sample_ids[0]
-    targets = store.read(sample_id)
-    names = Processor.load(recipe.processor_dir, recipe.data).tokenizer.convert_ids_to_tokens
+    targets, processor = store.read(sample_id), Processor.load(recipe.processor_dir, recipe.data)
     what = "most often drawn first, in % of the draws" if targets.sampled else "most probable first, in %"
     print(f"sample {sample_id}: {len(targets)} answer tokens; {what}")
+    sample = {s.sample_id: s for s in _data(recipe)}.get(sample_id)
+    gold = _show_sample(sample, processor) if sample else [""] * len(targets)
+    names = processor.tokenizer.convert_ids_to_tokens
     for row in range(len(targets)):
         chances = [chance for chance in targets.logprobs[row, :5].exp().mul(100).tolist() if chance > 0]
         pairs = zip(names(targets.ids[row, : len(chances)].tolist()), chances, strict=True)
         tail, entropy = 100 * targets.tail_logprob[row].exp(), targets.entropy[row]
         shown = "  ".join(f"{name!r} {chance:.1f}" for name, chance in pairs)
-        print(f"{row:4}  H {entropy:5.2f}  tail {tail:5.2f}  {shown}")
+        its_own = f"{gold[row]!r:>14} {100 * targets.gold_logprob[row].exp():5.1f}" if sample else ""
+        print(f"{row:4}  H {entropy:5.2f}  tail {tail:5.2f}  {its_own}  | {shown}")
     return 0
+
+
+def _show_sample(sample: Sample, processor: Processor) -> list[str]:
+    """Print the sample's text; the tokens of its answer, which head the rows."""
+    print(f"images: {', '.join(map(str, sample.images))}\nprompt: {sample.prompt}\nanswer: {sample.answer}")
+    print("each row: the answer's own token with its probability | what the teacher holds probable")
+    encoded = processor.encode(sample)
+    answer = encoded.labels[encoded.labels >= 0].tolist()
+    return list(processor.tokenizer.convert_ids_to_tokens(answer))
+
+
+def _data(recipe: Recipe) -> list[Sample]:
+    """The training split; none when it is not on this machine."""
+    try:
+        return read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    except UserError as error:
+        print(f"without the data set: {error}")
+        return []
 
 
 def _stats(recipe: Recipe, options: argparse.Namespace) -> int:
-    store = SoftTargetStore.open(recipe.store_dir, None)
+    store = SoftTargetStore.open(recipe.store_url, None)
+    sampled = store.identity["codec"] == "sampled"
+    edges = torch.tensor(_DRAWN_EDGES if sampled else _MASS_EDGES)
     tokens, sums = 0, torch.zeros(4, dtype=torch.float64)
+    histogram = torch.zeros(len(edges) + 1, dtype=torch.int64)
     for sample_id in tqdm(store.sample_ids, desc="read", unit="sample", disable=None):
         targets = store.read(sample_id)
-        if targets.sampled:
-            kept = [targets.logprobs[:, 0].exp(), targets.logprobs.isfinite().sum(dim=1).float()]
-        else:
-            kept = [targets.logprobs[:, 0].exp(), targets.tail_logprob.exp()]
+        mass = targets.logprobs.isfinite().sum(dim=1).float() if sampled else 1 - targets.tail_logprob.exp()
+        spread = mass if sampled else targets.tail_logprob.exp()
+        kept = [targets.logprobs[:, 0].exp(), spread]
         sums += torch.stack([targets.entropy, -targets.gold_logprob, *kept]).double().sum(dim=1)
+        histogram += torch.bincount(torch.bucketize(mass, edges, right=True), minlength=len(histogram))
         tokens += len(targets)
-    of_kept = (
-        ("largest share", "ids drawn") if store.identity["codec"] == "sampled" else ("top-1 probability", "tail mass")
-    )
-    names = ("entropy (nats)", "cross-entropy (nats)", *of_kept)
-    for name, mean in zip(names, (sums / max(tokens, 1)).tolist(), strict=True):
+    names = ("largest share", "ids drawn") if sampled else ("top-1 probability", "tail mass")
+    for name, mean in zip(
+        ("entropy (nats)", "cross-entropy (nats)", *names), (sums / max(tokens, 1)).tolist(), strict=True
+    ):
         print(f"{name:22} {mean:.4f}")
-    size = sum(record.bytes for record in store.records)
     print(f"{'tokens per sample':22} {tokens / max(len(store), 1):.1f}")
-    print(f"{'bytes per token':22} {size / max(tokens, 1):.1f}")
+    print(f"{'bytes per token':22} {sum(r.bytes for r in store.records) / max(tokens, 1):.1f}")
+    print(f"tokens by {'ids drawn' if sampled else 'mass of the kept entries'}:")
+    _print_histogram(edges.tolist(), histogram / max(tokens, 1))
+    data = _data(recipe)
+    if data:
+        missing = store.missing([sample.sample_id for sample in data])
+        print(f"coverage               {len(data) - len(missing)} of {len(data)} samples of the training split")
+        print(f"beyond it              {len(store) - len(data) + len(missing)} samples")
     return 0
 
 
-_ACTIONS = {"verify": _verify, "inspect": _inspect, "stats": _stats}
+def _print_histogram(edges: Sequence[float], shares: torch.Tensor) -> None:
+    bounds = ["", *(f"{edge:g}" for edge in edges), ""]
+    for below, above, share in zip(bounds[:-1], bounds[1:], shares.tolist(), strict=True):
+        label = f"{f'>= {below}' if below else '':10} {f'< {above}' if above else ''}"
+        print(f"  {label:20} {100 * share:5.1f} %  {'#' * round(50 * share)}")
+
+
+def _merge(recipe: Recipe, options: argparse.Namespace) -> int:
+    if not options.sources:
+        raise ConfigError("merge: name the stores to copy from with --from URL. Nothing was changed.")
+    copied = merge(recipe.store_url, options.sources, recipe.targets.shard_samples)
+    print(f"{recipe.store_url}: {copied} samples copied from {len(options.sources)} store(s)")
+    return 0
+
+
+def _export(recipe: Recipe, options: argparse.Namespace) -> int:
+    if options.out is None:
+        raise ConfigError("export: name a folder with --out DIR. Nothing was written.")
+    store = SoftTargetStore.open(recipe.store_url, None)
+    files = export_parquet(store, options.out, {sample.sample_id: sample for sample in _data(recipe)})
+    print(f"{options.out}: {len(store)} samples in {len(files)} Parquet file(s), read back and compared")
+    return 0
+
+
+_ACTIONS = {"verify": _verify, "inspect": _inspect, "stats": _stats, "merge": _merge, "export": _export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line. Returns 1 when `verify` finds damage."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.store", description="Look at a soft-target store.")
+    parser = argparse.ArgumentParser(prog="python -m pipeline.store", description="Look after a soft-target store.")
     parser.add_argument("action", choices=_ACTIONS)
     parser.add_argument("--discard", action="store_true", help="verify: drop damaged shards, to be rebuilt")
     parser.add_argument("--sample", metavar="ID", help="inspect: the sample to show")
+    parser.add_argument("--from", dest="sources", action="append", metavar="URL", help="merge: a store to copy from")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="export: folder of the Parquet files")
     arguments = parse_args("store", argv, parser)
     return _ACTIONS[arguments.options.action](arguments.recipe, arguments.options)
 

@@ -1,20 +1,25 @@
 """The teacher pass: soft targets of the training split, once, into the store.
 
     python -m pipeline.teacher --config RECIPE.yaml [--worker I --workers N] [--json FILE]
+    accelerate launch --num_processes N -m pipeline.teacher --config RECIPE.yaml
 
-Shard j holds samples [j * S, (j + 1) * S) of the sorted list. Worker I takes shards j = I mod N first and then those
-that no other worker holds, so workers may be killed, added or left out. A shard that is committed is skipped: the
-same command goes on after any interruption.
-Shapes: B samples, S sequence, D width, N answer tokens of a batch, V vocabulary.
+The sorted list of samples is planned into shards. Worker I takes shards j = I mod N first and then those that no other
+worker holds, so workers may be killed, added or left out. A shard that is committed is skipped: the same command goes
+on after any interruption, and adds the samples that the data set has gained.
+Shapes: B samples, S sequence, P image tokens, D width, R width of a sketch, N answer tokens of a batch, V vocabulary.
 """
 
 import argparse
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -23,16 +28,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
+from pipeline import sketches
 from pipeline.codecs import CODECS, identity_of, make_spec
 from pipeline.command_line import parse_args
-from pipeline.config import Recipe, TargetsConfig
+from pipeline.config import Recipe, SketchConfig, TargetsConfig
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, StoreError, UserError, run_main
 from pipeline.leases import ShardLeases, clear_leases
 from pipeline.models import batch_attention, check_compatible, compute_device, load_model, weights_hash
 from pipeline.processor import IGNORED, Batch, Processor, collate
-from pipeline.shards import FORMAT_VERSION
-from pipeline.store import Identity, StoreWriter
+from pipeline.records import Identity, RecordWriter
+from pipeline.shards import FORMAT_VERSION, CommitRecord
+from pipeline.sketches import Sketch, cell_means, projection
+from pipeline.target_store import write_targets
 from pipeline.targets import SoftTargets, concatenate, draw_offsets
 
 WINDOW_BATCHES = 8
@@ -62,6 +70,8 @@ class PassSummary:
     samples: int
     tokens: int
     bytes: int
+    cut_tokens: int
+    """Answer tokens left out because of `data.long_answers: cut`."""
     seconds: float
 
     def __str__(self) -> str:
@@ -72,7 +82,17 @@ class PassSummary:
             f"teacher pass: {self.shards} shard(s) written, {self.skipped} already committed{others}; "
             f"{self.samples} samples, {self.tokens} answer tokens in {self.seconds:.1f} s "
             f"({self.tokens / self.seconds:.0f} tokens/s), {self.bytes / max(self.tokens, 1):.1f} bytes/token"
+            + (f"; {self.cut_tokens} answer tokens CUT to fit data.max_length" if self.cut_tokens else "")
         )
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a forward gives, by sample id."""
+
+    targets: dict[str, SoftTargets] = field(default_factory=dict)
+    sketches: dict[str, Sketch] = field(default_factory=dict)
+    cut_tokens: int = 0
 
 
 class _EncodedWindows(Dataset[tuple[int, list[Batch]]]):
@@ -92,11 +112,10 @@ class _EncodedWindows(Dataset[tuple[int, list[Batch]]]):
         return window.shard, [collate(chunk, processor.pad_id, processor.image_token_id) for chunk in chunks]
 
 
-def expected_identity(recipe: Recipe, processor: Processor, samples: Sequence[Sample]) -> Identity:
+def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
     """Everything that changes a stored number: what a store for this run must say.
 
-    Args:
-        samples: the whole train split, sorted by sample_id.
+    Prompt, answer and images are not in it: a sample_id is a hash of them.
 
     Raises:
         UserError: the teacher is not there.
@@ -106,58 +125,132 @@ def expected_identity(recipe: Recipe, processor: Processor, samples: Sequence[Sa
     return {
         "format_version": FORMAT_VERSION,
         **identity_of(recipe.targets.codec, make_spec(recipe.targets, vocab_size)),
+        **sketches.identity_of(recipe.targets.sketches),
         "temperature": recipe.targets.temperature,
+        "dtype": recipe.targets.dtype,
         "teacher_weights": weights_hash(teacher_dir),
         **{f"processor_{name}": value for name, value in processor.identity().items()},
-        "dataset": dataset_fingerprint(samples),
     }
 
 
 def dataset_fingerprint(samples: Sequence[Sample]) -> str:
-    """Hash of all ids, prompts and answers in order."""
+    """Hash of all sample ids in order, and so of all prompts, answers and images."""
     digest = xxhash.xxh3_128()
     for sample in samples:
-        for text in (sample.sample_id, sample.prompt, sample.answer):
-            raw = text.encode()
-            digest.update(len(raw).to_bytes(8, "little") + raw)
+        digest.update(f"{sample.sample_id}\n")
     return digest.hexdigest()
 
 
 @torch.no_grad()
-def batch_targets(model: PreTrainedModel, batch: Batch, settings: TargetsConfig) -> list[SoftTargets]:
-    """Soft targets of each sample of a batch. Logits exist only for the rows that predict an answer token.
+def batch_outputs(model: PreTrainedModel, batch: Batch, settings: TargetsConfig) -> Outputs:
+    """Soft targets, and sketches if wanted, of a batch. Logits exist only for rows that predict an answer token.
 
     Args:
-        model: in evaluation mode, on the device that computes.
+        model: in evaluation mode, on the device (or devices) that compute.
         batch: padded on the right, labels not shifted.
-        settings: codec, its settings, temperature.
+        settings: codec, its settings, temperature, sketches.
 
     Raises:
         StoreError: the teacher's logits are not finite.
     """
-    device = model.device
-    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
-    inputs = {key: tensor.to(device) for key, tensor in tensors.items()}
-    hidden_BSD = model.base_model(**inputs, use_cache=False).last_hidden_state
+    inputs = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     answer_BS = batch["labels"] != IGNORED
     assert not answer_BS[:, 0].any(), "an answer token without a row that predicts it"
     sample_N, position_N = answer_BS.nonzero(as_tuple=True)  # sample by sample, in answer order
-    gold_N = batch["labels"][sample_N, position_N].to(device)
-    rows_ND = hidden_BSD[sample_N.to(device), position_N.to(device) - 1]  # row t - 1 predicts token t
-    head: torch.nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    counts = answer_BS.sum(dim=1).tolist()
-    offsets_N = torch.cat([draw_offsets(*pair) for pair in zip(batch["sample_ids"], counts, strict=True)]).to(device)
-    step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
-    keep, spec = CODECS[settings.codec].keep, make_spec(settings, head.weight.shape[0])
+    gold_N, position_N = batch["labels"][sample_N, position_N], position_N - 1  # row t - 1 predicts token t
+    with ExitStack() as stack:
+        states = (
+            None if settings.sketches is None else stack.enter_context(_HiddenStates(model, settings.sketches.layer))
+        )
+        last_BSD = model.base_model(**inputs, use_cache=False).last_hidden_state
+    rows_ND = last_BSD[sample_N.to(last_BSD.device), position_N.to(last_BSD.device)]
+    ends = list(itertools.accumulate(answer_BS.sum(dim=1).tolist()))
+    spans = [slice(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+    ids = batch["sample_ids"]
+    offsets_N = torch.cat([draw_offsets(i, s.stop - s.start) for i, s in zip(ids, spans, strict=True)])
     try:
-        parts = [
-            keep(head(rows_ND[s]), gold_N[s], offsets_N[s], settings.temperature, spec).to("cpu")
-            for s in (slice(i, i + step) for i in range(0, max(len(rows_ND), 1), step))
-        ]
+        targets = _head_targets(model, rows_ND, gold_N, offsets_N, settings)
     except StoreError as error:
-        raise StoreError(f"{error} (samples {batch['sample_ids']}). The shard was not written.") from None
-    targets, ends = concatenate(parts), list(itertools.accumulate(counts))
-    return [targets.rows(slice(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
+        raise StoreError(f"{error} (samples {ids}). The shard was not written.") from None
+    outputs = Outputs({i: targets.rows(span) for i, span in zip(ids, spans, strict=True)}, {}, batch["cut_tokens"])
+    if states is not None:
+        hidden_BSD = states.seen if states.seen is not None else last_BSD
+        outputs.sketches = _sketches(hidden_BSD, batch, position_N, spans, settings.sketches, _merge_size(model))
+    return outputs
+
+
+def _head_targets(
+    model: PreTrainedModel, rows_ND: Tensor, gold_N: Tensor, offsets_N: Tensor, settings: TargetsConfig
+) -> SoftTargets:
+    """Soft targets on the CPU; the LM head runs over a few rows at a time."""
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    vocab_size = int(head.weight.shape[0])
+    step = max(1, _LOGITS_AT_ONCE // vocab_size)
+    keep, spec = CODECS[settings.codec].keep, make_spec(settings, vocab_size)
+    parts = []
+    for begin in range(0, max(len(rows_ND), 1), step):
+        logits = head(rows_ND[begin : begin + step])
+        gold, offsets = (x[begin : begin + step].to(logits.device) for x in (gold_N, offsets_N))
+        parts.append(keep(logits, gold, offsets, settings.temperature, spec))
+    return concatenate(parts).to("cpu")
+
+
+class _HiddenStates:
+    """Holds what a decoder layer reads while the context is open; `seen` stays None for the last hidden states."""
+
+    def __init__(self, model: PreTrainedModel, layer: int) -> None:
+        self.seen: Tensor | None = None
+        base: Any = model.base_model
+        layers = base.get_decoder().layers
+        if layer > len(layers):
+            raise ConfigError(f"targets.sketches.layer is {layer}, but the teacher has {len(layers)} decoder layers")
+        self._handle = None
+        if layer < len(layers):
+            self._handle = layers[layer].register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen = args[0] if args else kwargs["hidden_states"]
+
+    def __enter__(self) -> "_HiddenStates":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def _sketches(
+    hidden_BSD: Tensor,
+    batch: Batch,
+    position_N: Tensor,
+    spans: Sequence[slice],
+    settings: SketchConfig | None,
+    merge_size: int,
+) -> dict[str, Sketch]:
+    """Sketches of the image cells and of the rows that predict answer tokens, by sample id."""
+    assert settings is not None
+    matrix_DR = projection(hidden_BSD.shape[-1], settings).to(hidden_BSD.device)
+    merged = (batch["image_grid_thw"][:, 1:] // merge_size).tolist()
+    grids = iter([(int(rows), int(columns)) for rows, columns in merged])
+    made: dict[str, Sketch] = {}
+    for place, (sample_id, span) in enumerate(zip(batch["sample_ids"], spans, strict=True)):
+        is_image_S = (batch["mm_token_type_ids"][place] == 1).to(hidden_BSD.device)
+        image_PD, means = hidden_BSD[place][is_image_S], []
+        while len(image_PD):
+            grid = next(grids)
+            size = grid[0] * grid[1]
+            means.append(cell_means(image_PD[:size], grid))
+            image_PD = image_PD[size:]
+        tokens_TD = hidden_BSD[place][position_N[span].to(hidden_BSD.device)].float()
+        cells_CR, tokens_TR = torch.cat(means) @ matrix_DR, tokens_TD @ matrix_DR
+        made[sample_id] = Sketch(cells_CR.cpu(), tokens_TR.cpu())
+    return made
+
+
+def _merge_size(model: PreTrainedModel) -> int:
+    config: Any = model.config
+    return int(config.vision_config.spatial_merge_size)
 
 
 def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
@@ -172,36 +265,47 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
-    identity = expected_identity(recipe, processor, samples)
-    size = recipe.targets.shard_samples
-    writer = StoreWriter(recipe.store_dir, identity, num_samples=len(samples), shard_samples=size)
+    writer = RecordWriter(recipe.store_url, expected_identity(recipe, processor))
+    by_id = {sample.sample_id: sample for sample in samples}
+    planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples))
     committed, damaged = writer.committed()
     for problem in damaged:
         print(f"rebuilding: {problem}")
-    clear_leases(recipe.store_dir, committed)
-    own_first = sorted(range(-(-len(samples) // size)), key=lambda shard: ((shard - worker) % workers, shard))
-    todo = {shard: samples[shard * size : (shard + 1) * size] for shard in own_first if shard not in committed}
+    clear_leases(writer.folder, committed)
+    own_first = sorted(planned, key=lambda shard: ((shard - worker) % workers, shard))
+    todo = {shard: [by_id[i] for i in planned[shard]] for shard in own_first if shard not in committed}
+    skipped = len(planned) - len(todo)
     if not todo:
-        return PassSummary(0, len(committed), 0, 0, 0, 0, 0.0)
-    model = load_model(recipe.model_dir(recipe.targets.teacher), attention=batch_attention())
+        return PassSummary(0, skipped, 0, 0, 0, 0, 0, 0.0)
+    return _write_shards(recipe, writer, _load_teacher(recipe, processor), processor, todo, skipped)
+
+
+def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
+    settings = recipe.targets
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    path = recipe.model_dir(settings.teacher)
+    model = load_model(path, dtype, attention=batch_attention(), device_map=settings.device_map)
     check_compatible(model, processor)
-    torch.nn.Module.to(model, compute_device(recipe.run.device))
-    return _write_shards(recipe, writer, model, processor, todo, skipped=len(committed))
+    if settings.device_map is None:
+        torch.nn.Module.to(model, compute_device(recipe.run.device))
+    return model
 
 
 def _write_shards(
     recipe: Recipe,
-    writer: StoreWriter,
+    writer: RecordWriter,
     model: PreTrainedModel,
     processor: Processor,
     todo: dict[int, list[Sample]],
     skipped: int,
 ) -> PassSummary:
-    started, records = time.perf_counter(), []
-    done: dict[str, SoftTargets] = {}
+    started, records, cut_tokens = time.perf_counter(), [], 0
+    done = Outputs()
     left = {shard: len(samples) for shard, samples in todo.items()}
     bar = tqdm(total=sum(left.values()), desc="teacher pass", unit="sample", disable=None)
-    with ShardLeases(recipe.store_dir) as leases, bar:
+    # One thread encodes and writes a shard while the next one is computed.
+    with ShardLeases(writer.folder) as leases, bar, ThreadPoolExecutor(1) as pool:
+        writing: list[Future[CommitRecord]] = []
 
         def take(shard: int) -> bool:
             taken = leases.claim(shard)
@@ -213,26 +317,54 @@ def _write_shards(
                 bar.total = sum(left.values())
             return taken
 
+        def commit(shard: int, outputs: Outputs) -> CommitRecord:
+            record = _commit(writer, shard, [sample.sample_id for sample in todo[shard]], outputs)
+            leases.release(shard)
+            return record
+
+        def finish_writing() -> None:
+            for future in writing:
+                records.append(future.result())
+                bar.set_postfix_str(_rates(records, time.perf_counter() - started))
+            writing.clear()
+
         for shard, batches in _encoded_windows(recipe, processor, todo, take):
             for batch in batches:
-                targets = batch_targets(model, batch, recipe.targets)
-                done.update(zip(batch["sample_ids"], targets, strict=True))
-                bar.update(len(targets))
-            if len(done) == len(todo[shard]):
-                in_order = [(s.sample_id, done[s.sample_id]) for s in todo[shard]]
-                records.append(writer.write_shard(shard, in_order))
-                leases.release(shard)
-                done = {}
-    assert not done, "a shard was left half done"
+                outputs = batch_outputs(model, batch, recipe.targets)
+                done.targets.update(outputs.targets)
+                done.sketches.update(outputs.sketches)
+                cut_tokens += outputs.cut_tokens
+                bar.update(len(outputs.targets))
+            if len(done.targets) == len(todo[shard]):
+                finish_writing()  # at most one shard waits: bounded memory
+                writing.append(pool.submit(commit, shard, done))
+                done = Outputs()
+        finish_writing()
+    assert not done.targets, "a shard was left half done"
     return PassSummary(
         shards=len(records),
         skipped=skipped,
         elsewhere=len(todo) - len(records),
         samples=sum(record.samples for record in records),
-        tokens=sum(record.tokens for record in records),
+        tokens=sum(record.rows for record in records),
         bytes=sum(record.bytes for record in records),
+        cut_tokens=cut_tokens,
         seconds=time.perf_counter() - started,
     )
+
+
+def _commit(writer: RecordWriter, shard: int, sample_ids: Sequence[str], outputs: Outputs) -> CommitRecord:
+    """Write a shard's files; the soft targets are last, and their record is returned."""
+    if "sketches" in writer.kinds:
+        sketched = [(i, outputs.sketches[i]) for i in sample_ids]
+        rows = [(i, len(s.cells_CR) + len(s.tokens_TR), sketches.encode(s)) for i, s in sketched]
+        writer.write_shard(shard, rows, "sketches")
+    return write_targets(writer, shard, [(i, outputs.targets[i]) for i in sample_ids])
+
+
+def _rates(records: Sequence[CommitRecord], seconds: float) -> str:
+    tokens, size = sum(r.rows for r in records), sum(r.bytes for r in records)
+    return f"{tokens / seconds:.0f} tokens/s, {size / 2**20:.1f} MiB"
 
 
 def _encoded_windows(
@@ -262,14 +394,18 @@ def _vocab_size(teacher_dir: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.teacher", description=__doc__)
-    parser.add_argument("--worker", type=int, default=0, help="this worker's number, from 0")
-    parser.add_argument("--workers", type=int, default=1, help="workers that share the pass")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary there")
+    # `accelerate launch` and torchrun number their processes in the environment.
+    launched = {name: int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1))}
+    parser.add_argument("--worker", type=int, default=launched["RANK"], help="this worker's number, from 0")
+    parser.add_argument("--workers", type=int, default=launched["WORLD_SIZE"], help="workers that share the pass")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the summary there; {worker} is replaced")
     arguments = parse_args("teacher", argv, parser)
-    summary = run_pass(arguments.recipe, arguments.options.worker, arguments.options.workers)
+    options = arguments.options
+    summary = run_pass(arguments.recipe, options.worker, options.workers)
     print(summary)
-    if arguments.options.json:
-        arguments.options.json.write_text(json.dumps(asdict(summary), indent=1))
+    if options.json:
+        path = Path(str(options.json).replace("{worker}", str(options.worker)))
+        path.write_text(json.dumps(asdict(summary), indent=1))
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from pipeline.plan import WindowPlan
 from pipeline.processor import Processor
 from pipeline.runtime import StopFlag, only_one, start_distributed
 from pipeline.step import StepContext, StepStats, run_step
-from pipeline.store import SoftTargetStore
-from pipeline.teacher import expected_identity
+from pipeline.target_store import SoftTargetStore
+from pipeline.teacher import dataset_fingerprint, expected_identity
 from pipeline.vision import CellWords, VisionProbe
 
 EXIT_REQUEUE = 85
@@ -87,16 +87,9 @@ class Trainer:
     def _open_distillation(self) -> Distillation | None:
         if self.job.distill is None and self.job.curriculum is None:
             return None
-        store = SoftTargetStore.open(
-            self.recipe.store_dir, expected_identity(self.recipe, self.processor, self.samples)
-        )
+        store = SoftTargetStore.open(self.recipe.store_url, expected_identity(self.recipe, self.processor))
         ids = [s.sample_id for s in self.samples]
-        missing = store.missing(ids)
-        if missing:
-            raise UserError(
-                f"{self.recipe.store_dir}: {len(missing)} of {len(ids)} training samples have no soft targets (first: "
-                f"{missing[0]}). Complete the store with `python -m pipeline.teacher`. Nothing was started."
-            )
+        store.require(ids, dataset_fingerprint(self.samples))
         table = HardnessTable.load(self.recipe.run.dir / "hardness.parquet")
         if list(table.sample_ids) != ids:
             raise UserError(

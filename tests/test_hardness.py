@@ -9,7 +9,8 @@ from pipeline.config import HardnessConfig
 from pipeline.data import Sample
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hardness import HardnessTable, describe, instance_scores, prior_table, teacher_prior
-from pipeline.store import StoreWriter
+from pipeline.records import RecordWriter
+from pipeline.target_store import write_targets
 from pipeline.targets import from_logits
 
 FOREVER = float("inf")
@@ -250,9 +251,9 @@ def make_samples(num_samples=20):
 def write_store(root, samples, doubt):
     """A store in which the later samples make the teacher doubt `doubt` times as much."""
     identity = {"codec": "packed", "bits": 7, "top_k": 4, "vocab_size": 30, "doubt": doubt}
-    writer = StoreWriter(root, identity, num_samples=len(samples), shard_samples=len(samples))
+    writer = RecordWriter(root, identity)
     targets = [(s.sample_id, soft_targets(20.0 / (1 + doubt * i), "best")) for i, s in enumerate(samples)]
-    writer.write_shard(0, targets)
+    write_targets(writer, 0, targets)
     return hardness.SoftTargetStore.open(root, None)
 
 

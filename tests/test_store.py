@@ -11,8 +11,10 @@ from test_targets import random_draws, random_targets
 
 from pipeline import store as store_module
 from pipeline.errors import StoreError
-from pipeline.shards import ShardDamagedError, record_path, sealed_json, shard_path, unsealed_json
-from pipeline.store import SoftTargetStore, StoreWriter, damaged_shards
+from pipeline.records import RecordWriter, damaged_shards
+from pipeline.shards import ShardDamagedError, record_name, sealed_json, shard_name, unsealed_json
+from pipeline.storage import LocalFolder
+from pipeline.target_store import SoftTargetStore, write_targets
 
 VOCAB, TOP_K = 700, 8
 IDENTITY = {
@@ -38,8 +40,19 @@ def shard_samples(shard):
 SAMPLES = {sample_id: targets for shard in range(3) for sample_id, targets in shard_samples(shard)}
 
 
+def shard_path(root, shard):
+    return root / shard_name(shard, "targets")
+
+
+def record_path(root, shard):
+    return root / record_name(shard, "targets")
+
+
 def open_writer(root, **changes):
-    return StoreWriter(root, IDENTITY | changes, num_samples=7, shard_samples=3)
+    """A writer with the samples planned as `LENGTHS` says."""
+    writer = RecordWriter(root, IDENTITY | changes)
+    assert writer.plan(list(SAMPLES), 3, "of the tests") == {n: [i for i, _ in shard_samples(n)] for n in range(3)}
+    return writer
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +60,7 @@ def written(tmp_path_factory):
     root = tmp_path_factory.mktemp("store")
     writer = open_writer(root)
     for shard in (1, 0, 2):
-        writer.write_shard(shard, shard_samples(shard))
+        write_targets(writer, shard, shard_samples(shard))
     return root
 
 
@@ -81,7 +94,7 @@ def test_a_shard_is_plain_safetensors(written):
     width = 16 + 10  # 8 ids of 10 bits and 6 log-probs of 7, in whole bytes; 5 f16
     assert tensors["rec"].shape == (13 * width,)
     assert tensors["off"].tolist() == [0, 3 * width, 4 * width, 13 * width]
-    assert tensors["tokens"].tolist() == [3, 1, 9]
+    assert tensors["rows"].tolist() == [3, 1, 9]
     assert bytes(tensors["sample_id"].tolist()).decode().split("\n") == ["id-0-0", "id-0-1", "id-0-2"]
 
 
@@ -90,7 +103,7 @@ def test_membership(written):
     assert len(store) == 7
     assert "id-1-1" in store
     assert store.missing(["id-0-0", "nope", "id-2-0", "id-9-9"]) == ["nope", "id-9-9"]
-    assert store.verify() == []
+    assert damaged_shards(store.folder.path) == {}
     with pytest.raises(StoreError, match=r"no soft targets for sample nope; .*pipeline\.teacher"):
         store.read("nope")
 
@@ -108,9 +121,9 @@ def test_an_uncommitted_shard_does_not_exist(root):
 
 def test_the_bytes_depend_on_the_samples_alone(written, tmp_path):
     writer = open_writer(tmp_path / "again")
-    (tmp_path / "again" / ".shard-00000.elsewhere-1.tmp").write_bytes(b"of a killed run")
+    (tmp_path / "again" / f".{shard_name(0, 'targets')}.elsewhere-1.tmp").write_bytes(b"of a killed run")
     for shard in range(3):
-        writer.write_shard(shard, shard_samples(shard))
+        write_targets(writer, shard, shard_samples(shard))
     assert contents(tmp_path / "again") == contents(written)
 
 
@@ -128,7 +141,8 @@ def flip(path, bit):
 
 
 @pytest.mark.parametrize(
-    "name", ["shard-00000.safetensors", "shard-00001.safetensors", "shard-00000.json", "manifest.json"]
+    "name",
+    ["shard-00000.targets.safetensors", "shard-00001.targets.safetensors", "shard-00000.targets.json", "manifest.json"],
 )
 def test_no_flipped_bit_goes_unseen(root, name):
     """Not only no wrong number: every flip is reported, whatever byte of the file it hits."""
@@ -147,7 +161,7 @@ def test_a_damaged_record_stops_only_its_own_sample(root):
     flip(shard_path(root, 0), 8 * record.rec_begin)
     store = SoftTargetStore.open(root, IDENTITY)
     assert len(store.read("id-0-1")) == 1
-    with pytest.raises(ShardDamagedError, match=r"shard-00000\.safetensors: sample id-0-0 .*verify --discard"):
+    with pytest.raises(ShardDamagedError, match=r"shard-00000\.targets\.safetensors: sample id-0-0 .*verify --discard"):
         store.read("id-0-0")
 
 
@@ -157,7 +171,7 @@ def test_a_truncated_shard_is_refused_at_open(root, keep):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        ShardDamagedError, match=rf"shard-00001\.safetensors: {keep % size} bytes, .* says {size}"
+        ShardDamagedError, match=rf"shard-00001\.targets\.safetensors: {keep % size} bytes, .* says {size}"
     ) as caught:
         SoftTargetStore.open(root, IDENTITY)
     assert "python -m pipeline.teacher" in str(caught.value)
@@ -165,7 +179,7 @@ def test_a_truncated_shard_is_refused_at_open(root, keep):
 
 def test_a_missing_shard_is_refused_at_open(root):
     shard_path(root, 2).unlink()
-    with pytest.raises(ShardDamagedError, match=r"shard-00002\.safetensors: missing, .* promises 1 samples"):
+    with pytest.raises(ShardDamagedError, match=r"shard-00002\.targets\.safetensors: missing, .* promises 1 samples"):
         SoftTargetStore.open(root, IDENTITY)
 
 
@@ -188,12 +202,12 @@ def test_exchanged_records_are_seen(root):
     raw = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(raw)
-    with pytest.raises(ShardDamagedError, match="describes shard 1"):
+    with pytest.raises(ShardDamagedError, match="describes shard 1, targets"):
         SoftTargetStore.open(root, IDENTITY)
 
 
 def test_a_shard_of_another_store_is_seen(root, tmp_path):
-    open_writer(tmp_path / "other", teacher_weights="cc33").write_shard(0, shard_samples(0))
+    write_targets(open_writer(tmp_path / "other", teacher_weights="cc33"), 0, shard_samples(0))
     for path in (shard_path, record_path):
         shutil.copy(path(tmp_path / "other", 0), path(root, 0))
     with pytest.raises(ShardDamagedError, match="another identity"):
@@ -202,9 +216,9 @@ def test_a_shard_of_another_store_is_seen(root, tmp_path):
 
 def test_verify_sees_a_file_that_no_checksum_of_a_sample_covers(root):
     """A shard rewritten whole, with its index hash but not its file hash mended."""
-    content = unsealed_json(record_path(root, 0))
+    content = unsealed_json(LocalFolder(root), record_name(0, "targets"))
     record_path(root, 0).write_bytes(sealed_json(content | {"xxh3_128": "0" * 32}))
-    assert list(damaged_shards(root)) == [0]
+    assert list(damaged_shards(root)) == [(0, "targets")]
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -216,7 +230,7 @@ def test_a_damaged_shard_is_not_committed_and_can_be_written_again(root, written
     whole, problems = writer.committed()
     assert whole == {1, 2}
     assert len(problems) == 1
-    writer.write_shard(0, shard_samples(0))
+    write_targets(writer, 0, shard_samples(0))
     assert contents(root) == contents(written)
 
 
@@ -230,11 +244,6 @@ def test_another_identity_is_refused_with_both_values(root, written):
         assert "teacher_weights: store 'aa11', this run 'dd44'" in message
         assert "processor_tokenizer" not in message
     assert contents(root) == contents(written)
-
-
-def test_another_layout_is_refused(root):
-    with pytest.raises(StoreError, match="shard_samples: store 3, this run 4"):
-        StoreWriter(root, IDENTITY, num_samples=7, shard_samples=4)
 
 
 def test_an_unknown_codec_is_refused(tmp_path):
@@ -259,21 +268,13 @@ def test_no_store_is_an_error_with_a_command(tmp_path):
 def test_bad_samples_are_refused_before_anything_is_written(tmp_path, samples, message):
     writer = open_writer(tmp_path)
     with pytest.raises(StoreError, match=message):
-        writer.write_shard(0, samples)
-    assert contents(tmp_path).keys() == {"manifest.json"}
-
-
-def test_a_sample_in_two_shards_is_refused(tmp_path):
-    writer = open_writer(tmp_path)
-    for shard in range(2):
-        writer.write_shard(shard, shard_samples(0))
-    with pytest.raises(StoreError, match="in two shards"):
-        SoftTargetStore.open(tmp_path, IDENTITY)
+        write_targets(writer, 0, samples)
+    assert contents(tmp_path).keys() == {"manifest.json", "part-00000.json"}
 
 
 @pytest.mark.parametrize("samples", [[], [("a", random_targets(2, VOCAB, TOP_K).rows(slice(0, 0)))]])
 def test_shards_without_tokens(tmp_path, samples):
-    open_writer(tmp_path).write_shard(0, samples)
+    write_targets(open_writer(tmp_path), 0, samples)
     assert [len(targets) for targets in read_all(tmp_path).values()] == [0] * len(samples)
     assert damaged_shards(tmp_path) == {}
 
@@ -309,16 +310,16 @@ def test_stats(root, capsys):
 def write_drawn(root):
     samples = [(sample_id, random_draws(len(t), VOCAB, 20, seed=n)) for n, (sample_id, t) in enumerate(SAMPLES.items())]
     identity = {k: v for k, v in IDENTITY.items() if k not in ("top_k", "bits")} | {"codec": "sampled", "draws": 20}
-    writer = StoreWriter(root, identity, num_samples=7, shard_samples=4)
-    writer.write_shard(0, samples[:4])
-    writer.write_shard(1, samples[4:])
+    writer = RecordWriter(root, identity)
+    write_targets(writer, 0, samples[:4])
+    write_targets(writer, 1, samples[4:])
     return dict(samples)
 
 
 def test_records_of_varying_size(tmp_path, capsys):
     samples = write_drawn(tmp_path / "store")
     store = SoftTargetStore.open(tmp_path / "store", None)
-    assert store.verify() == []
+    assert damaged_shards(store.folder.path) == {}
     for sample_id, targets in samples.items():
         got = store.read(sample_id)
         assert got.sampled

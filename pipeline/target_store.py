@@ -1,0 +1,104 @@
+"""Soft targets by sample_id: the records of a store, decoded.
+
+`SoftTargetStore.to_dataset` opens them with Hugging Face `datasets`, for people who bring their own trainer.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.codecs import CODECS, spec_of
+from pipeline.errors import StoreError
+from pipeline.records import Identity, RecordStore, RecordWriter, identity_digest
+from pipeline.shards import CommitRecord, ShardIndex
+from pipeline.storage import Folder
+from pipeline.targets import SoftTargets
+
+FEATURES = datasets.Features(
+    {
+        "sample_id": datasets.Value("string"),
+        "ids": datasets.List(datasets.List(datasets.Value("int32"))),
+        "logprobs": datasets.List(datasets.List(datasets.Value("float32"))),
+        "tail_logprob": datasets.List(datasets.Value("float32")),
+        "gold_logprob": datasets.List(datasets.Value("float32")),
+        "entropy": datasets.List(datasets.Value("float32")),
+    }
+)
+"""Columns of `to_dataset`: lists over answer tokens, `ids` and `logprobs` of lists over kept entries."""
+
+
+class SoftTargetStore(RecordStore):
+    """Random access to soft targets by sample_id. Safe to fork and pickle."""
+
+    kind = "targets"
+
+    def __init__(self, folder: Folder, identity: Identity, shards: Sequence[ShardIndex]) -> None:
+        """Raises StoreError when the codec is unknown; use `open`."""
+        super().__init__(folder, identity, shards)
+        if identity["codec"] not in CODECS:
+            raise StoreError(f"{folder}: unknown codec {identity['codec']!r}; known here: {sorted(CODECS)}")
+        self._codec, self._spec = identity["codec"], spec_of(identity)
+
+    def read(self, sample_id: str) -> SoftTargets:
+        """A sample's targets, one row per answer token.
+
+        Raises:
+            StoreError: the sample is not in the store, or its bytes do not match their checksum.
+        """
+        raw, tokens = self.read_record(sample_id)
+        return CODECS[self._codec].decode(raw, tokens, self._spec)
+
+    def to_dataset(self, **options: Any) -> datasets.Dataset:
+        """All samples as a memory-mapped `datasets.Dataset` with the columns `FEATURES`, cached by `datasets`.
+
+        Args:
+            options: of `datasets.Dataset.from_generator`, as `cache_dir` or `num_proc`.
+
+        Raises:
+            StoreError: a record does not match its checksum.
+        """
+        digest = identity_digest({**self.identity, "shards": [record.xxh3_128 for record in self.records]})
+        made = datasets.Dataset.from_generator(
+            _dataset_rows,
+            features=FEATURES,
+            gen_kwargs={"store": self, "sample_ids": self.sample_ids},
+            fingerprint=digest,
+            **options,
+        )
+        assert isinstance(made, datasets.Dataset)
+        return made
+
+
+def write_targets(writer: RecordWriter, shard: int, samples: Sequence[tuple[str, SoftTargets]]) -> CommitRecord:
+    """Encode and commit a shard's soft targets. StoreError naming the sample whose targets the codec refuses."""
+    encoded = [
+        (sample_id, len(targets), _encode(writer.identity, sample_id, targets)) for sample_id, targets in samples
+    ]
+    return writer.write_shard(shard, encoded, "targets")
+
+
+def columns_of(targets: SoftTargets) -> dict[str, Any]:
+    """One sample's targets as arrays; entries that no draw fell on are left out."""
+    ids, logprobs = targets.ids.numpy().astype(np.int32), targets.logprobs.numpy()
+    pairs: Any = (ids, logprobs)
+    if targets.sampled:
+        drawn = np.isfinite(logprobs)
+        pairs = ([row[d] for row, d in zip(rows, drawn, strict=True)] for rows in (ids, logprobs))
+    columns = dict(zip(("ids", "logprobs"), pairs, strict=True))
+    rest = {name: getattr(targets, name).numpy() for name in ("tail_logprob", "gold_logprob", "entropy")}
+    return {**columns, **rest}
+
+
+def _dataset_rows(store: SoftTargetStore, sample_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for sample_id in sample_ids:
+        yield {"sample_id": sample_id, **columns_of(store.read(sample_id))}
+
+
+def _encode(identity: Mapping[str, Any], sample_id: str, targets: SoftTargets) -> NDArray[np.uint8]:
+    try:
+        return CODECS[identity["codec"]].encode(targets, spec_of(identity))
+    except StoreError as error:
+        raise StoreError(f"sample {sample_id}: {error}") from None
