@@ -208,7 +208,7 @@ def unsealed_json(folder: Folder, name: str) -> dict[str, Any]:
     try:
         raw = folder.read(name)
         content = dict(json.loads(raw))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ShardDamagedError(f"{folder}/{name}: cannot be read: {error}") from None
     content.pop("seal", None)
     # Compared as bytes: white space, key order and number format are sealed too.
