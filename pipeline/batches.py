@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipeline.config import DataConfig
 from pipeline.data import Sample
 from pipeline.errors import StoreError
 from pipeline.processor import Encoded, Processor, collate
+from pipeline.shipping import loaded
 from pipeline.target_store import SoftTargetStore
 from pipeline.targets import SoftTargets, concatenate
 from pipeline.vision import CellWords
@@ -128,19 +129,18 @@ def _join_targets(
     wanted = request.alpha_B > 0
     if store is None or not wanted.any():
         return None
-    parts: list[SoftTargets | None] = [
-        store.read(e.sample_id) if w else None for e, w in zip(encoded, wanted, strict=True)
-    ]
-    stored = next(p for p in parts if p is not None)
-    filled = []
-    for part, count, sample in zip(parts, counts, encoded, strict=True):
-        if part is not None and len(part) != count:
+    distilled = [place for place, is_wanted in enumerate(wanted) if is_wanted]
+    stored, rows = store.read_joined([encoded[place].sample_id for place in distilled])
+    for place, tokens in zip(distilled, rows, strict=True):
+        if tokens != counts[place]:
             raise StoreError(
-                f"sample {sample.sample_id}: the store has {len(part)} answer tokens, this run has {count}. "
-                "Make the store again with `python -m pipeline.teacher`."
+                f"sample {encoded[place].sample_id}: the store has {tokens} answer tokens, this run has "
+                f"{counts[place]}. Make the store again with `python -m pipeline.teacher`."
             )
-        filled.append(part if part is not None else _inert(count, stored))
-    return concatenate(filled)
+    if len(distilled) == len(encoded):
+        return stored
+    parts = iter(stored.split(rows))
+    return concatenate([next(parts) if w else _inert(count, stored) for w, count in zip(wanted, counts, strict=True)])
 
 
 def _inert(count: int, like: SoftTargets) -> SoftTargets:
@@ -157,5 +157,4 @@ def _inert(count: int, like: SoftTargets) -> SoftTargets:
 
 def iterate(dataset: MicroBatches, data: DataConfig) -> Iterator[MicroBatch]:
     """Micro-batches in the order of the requests, built by `data.workers` processes ahead of their use."""
-    loader = DataLoader(dataset, batch_size=None, shuffle=False, num_workers=data.workers)
-    yield from loader
+    yield from loaded(dataset, data.workers)

@@ -49,6 +49,8 @@ class Codec:
     """(targets, spec) -> u8, one-dimensional"""
     decode: Callable[[Bytes, int, Spec], SoftTargets]
     """(bytes, T, spec) -> targets"""
+    joinable: bool
+    """Bytes of several samples, one behind the other, are the bytes of all their tokens."""
 
 
 def make_spec(settings: TargetsConfig, vocab_size: int) -> Spec:
@@ -305,9 +307,9 @@ def _keep_draws(logits_TV: Tensor, gold_T: Tensor, offsets_T: Tensor, temperatur
 
 
 CODECS: dict[str, Codec] = {
-    "packed": Codec(("top_k", "bits"), 7, _keep_top_k, encode_packed, decode_packed),
-    "compact": Codec(("top_k", "bits"), 5, _keep_top_k, encode_compact, decode_compact),
-    "sampled": Codec(("draws",), 0, _keep_draws, encode_sampled, decode_sampled),
+    "packed": Codec(("top_k", "bits"), 7, _keep_top_k, encode_packed, decode_packed, True),
+    "compact": Codec(("top_k", "bits"), 5, _keep_top_k, encode_compact, decode_compact, True),
+    "sampled": Codec(("draws",), 0, _keep_draws, encode_sampled, decode_sampled, False),
 }
 """Codecs by the name that stands in a recipe and in a store's manifest. The meaning of a name's bytes changes only with
 `shards.FORMAT_VERSION`."""

@@ -88,7 +88,7 @@ class LocalFolder:
             return None
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        file = os.open(self.path / name, os.O_RDONLY)
+        file = os.open(f"{self.path}/{name}", os.O_RDONLY)  # joining paths would take as long as opening
         try:
             return os.pread(file, (os.fstat(file).st_size if end is None else end) - begin, begin)
         finally:

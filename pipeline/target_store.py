@@ -15,7 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.records import Identity, RecordStore, RecordWriter, identity_digest
 from pipeline.shards import CommitRecord, ShardIndex
 from pipeline.storage import Folder
-from pipeline.targets import SoftTargets
+from pipeline.targets import SoftTargets, concatenate
 
 FEATURES = datasets.Features(
     {
@@ -50,6 +50,17 @@ class SoftTargetStore(RecordStore):
         """
         raw, tokens = self.read_record(sample_id)
         return CODECS[self._codec].decode(raw, tokens, self._spec)
+
+    def read_joined(self, sample_ids: Sequence[str]) -> tuple[SoftTargets, list[int]]:
+        """Targets of one or more samples, one behind the other, and the answer tokens of each.
+
+        Faster than `read` for each: where the codec allows it, all are decoded at once. Raises as `read` does.
+        """
+        if not CODECS[self._codec].joinable:
+            parts = [self.read(sample_id) for sample_id in sample_ids]
+            return concatenate(parts), [len(part) for part in parts]
+        raws, tokens = zip(*map(self.read_record, sample_ids), strict=True)
+        return CODECS[self._codec].decode(np.concatenate(raws), sum(tokens), self._spec), list(tokens)
 
     def to_dataset(self, **options: Any) -> datasets.Dataset:
         """All samples as a memory-mapped `datasets.Dataset` with the columns `FEATURES`, cached by `datasets`.

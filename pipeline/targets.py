@@ -4,6 +4,7 @@ Shape suffixes: T = answer tokens (`<|im_end|>` included, in order), V = vocabul
 Everything is in nats, at the softmax temperature the targets were made with. `codecs` turns them into bytes.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,11 @@ class SoftTargets:
     def rows(self, index: slice | Tensor) -> "SoftTargets":
         """The selected rows, as views where the index allows it."""
         return self._each(lambda tensor: tensor[index])
+
+    def split(self, counts: Sequence[int]) -> list["SoftTargets"]:
+        """Views of so many rows each, one behind the other."""
+        ends = list(itertools.accumulate(counts))
+        return [self.rows(slice(begin, end)) for begin, end in zip([0, *ends], ends, strict=False)]
 
     def to(self, device: torch.device | str) -> "SoftTargets":
         """The same targets on another device."""

@@ -8,8 +8,8 @@ ORDER = (
     "errors config command_line data scene_world scene_brush scene_sprites scene_art scene_text scenes scoring "
     "tokenizer processor vision targets packing codecs storage shards records target_store sketches store_export "
     "store losses fused_head models hf_folder leases teacher "
-    "hardness curriculum plan moe student engine_state checkpoint export metrics batches step runtime train experts "
-    "generate latency results evaluate report_plots report_data report demo"
+    "hardness curriculum plan moe student engine_state checkpoint export metrics shipping batches step runtime train "
+    "experts generate latency results evaluate report_plots report_data report demo"
 ).split()
 
 

@@ -14,6 +14,7 @@ from pipeline.records import RecordWriter, damaged_shards
 from pipeline.shards import ShardDamagedError, record_name, sealed_json, shard_name, unsealed_json
 from pipeline.storage import LocalFolder
 from pipeline.target_store import SoftTargetStore, write_targets
+from pipeline.targets import concatenate
 
 VOCAB, TOP_K = 700, 8
 IDENTITY = {
@@ -80,6 +81,18 @@ def test_every_sample_comes_back_under_its_id(written):
     for sample_id, targets in SAMPLES.items():
         wanted = roundtrip(targets, VOCAB)
         assert_same(stored[sample_id], wanted)
+
+
+def test_joined_reading_is_reading_one_by_one(written, tmp_path):
+    write_drawn(tmp_path)
+    for root in (written, tmp_path):
+        store, chosen = SoftTargetStore.open(root, None), ["id-2-0", "id-0-2", "id-1-1", "id-0-0"]
+        one_by_one = [store.read(sample_id) for sample_id in chosen]
+        joined, tokens = store.read_joined(chosen)
+        assert_same(joined, concatenate(one_by_one))
+        assert tokens == [len(targets) for targets in one_by_one]
+        for part, targets in zip(joined.split(tokens), one_by_one, strict=True):
+            assert_same(part, targets.padded(joined.top_k) if joined.sampled else targets)
 
 
 def assert_same(got, wanted):

@@ -20,15 +20,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from pipeline import results
 from pipeline.codecs import CODECS, Spec, identity_of
 from pipeline.errors import run_main
 from pipeline.records import RecordWriter
+from pipeline.shipping import loaded
 from pipeline.target_store import SoftTargetStore
-from pipeline.targets import SoftTargets, concatenate, from_logits
+from pipeline.targets import SoftTargets, from_logits
 from tools.bench_store import VOCAB, repeated, synthetic
 
 MEANING = {
@@ -73,7 +74,7 @@ class Batches(Dataset[SoftTargets]):
         return len(self.batches)
 
     def __getitem__(self, position: int) -> SoftTargets:
-        return concatenate([self.store.read(sample_id) for sample_id in self.batches[position]])
+        return self.store.read_joined(self.batches[position])[0]
 
 
 def permuted(sample_ids: Sequence[str], seed: int) -> list[list[str]]:
@@ -93,9 +94,8 @@ def read_raw(store: SoftTargetStore, batches: Sequence[Sequence[str]]) -> int:
 
 
 def read_batches(store: SoftTargetStore, batches: Sequence[Sequence[str]], workers: int) -> int:
-    """Answer tokens of all batches as a DataLoader gives them; 0 workers: decoded in this process."""
-    loader = DataLoader(Batches(store, batches), batch_size=None, num_workers=workers)
-    return sum(len(targets) for targets in loader)
+    """Answer tokens of all batches as training gets them; 0 workers: decoded in this process."""
+    return sum(len(targets) for targets in loaded(Batches(store, batches), workers))
 
 
 def seconds(work: Callable[[], object]) -> float:
