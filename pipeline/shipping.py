@@ -14,49 +14,66 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
-Parcel = tuple[bytes, list[int], Tensor]
-"""Pickle without the tensors' bytes, bytes of each tensor, and those bytes u8, each from a multiple of 64 on."""
+Place = tuple[int, torch.dtype, tuple[int, ...]]
+"""First byte in the block, dtype and shape of a tensor."""
 _ALIGNED = 64
 
 
 class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:
-        """Tensors as arrays, whose bytes protocol 5 leaves out."""
-        return (torch.from_numpy, (value.contiguous().numpy(),)) if isinstance(value, Tensor) else NotImplemented
+    """Writes a place instead of each tensor."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5)
+        self.tensors: list[tuple[Place, Tensor]] = []
+        self.size = 0
+
+    def persistent_id(self, value: Any) -> Place | None:
+        if not isinstance(value, Tensor):
+            return None
+        place = self.size, value.dtype, tuple(value.shape)
+        self.tensors.append((place, value))
+        self.size += -(-value.nbytes // _ALIGNED) * _ALIGNED
+        return place
 
 
-def pack(value: object) -> Parcel:
-    """Anything that can be pickled, with tensors on the CPU."""
-    out, buffers = io.BytesIO(), list[pickle.PickleBuffer]()
-    _Pickler(out, protocol=5, buffer_callback=buffers.append).dump(value)
-    views = [buffer.raw() for buffer in buffers]
-    sizes = [view.nbytes for view in views]
-    block = torch.empty(sum(map(_padded, sizes)), dtype=torch.uint8)
-    begin, room = 0, block.numpy().data
-    for view in views:
-        room[begin : begin + view.nbytes] = view
-        begin += _padded(view.nbytes)
-    return out.getvalue(), sizes, block
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, block: Tensor) -> None:
+        super().__init__(file)
+        self.block = block
+
+    def persistent_load(self, place: Place) -> Tensor:
+        return _at(self.block, place)
 
 
-def unpack(parcel: Parcel) -> Any:
-    """Inverse of `pack`; the tensors are views of the block."""
-    head, sizes, block = parcel
-    begin, buffers, room = 0, [], block.numpy().data
-    for size in sizes:
-        buffers.append(room[begin : begin + size])
-        begin += _padded(size)
-    return pickle.loads(head, buffers=buffers)
+def _at(block: Tensor, place: Place) -> Tensor:
+    begin, dtype, shape = place
+    return block[begin : begin + torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def pack(value: object) -> tuple[bytes, Tensor]:
+    """Anything that can be pickled, with tensors on the CPU: pickle without the tensors, and their bytes u8."""
+    out = io.BytesIO()
+    pickler = _Pickler(out)
+    pickler.dump(value)
+    block = torch.empty(pickler.size, dtype=torch.uint8)
+    for place, tensor in pickler.tensors:
+        _at(block, place).copy_(tensor)
+    return out.getvalue(), block
+
+
+def unpack(head: bytes, block: Tensor) -> Any:
+    """Inverse of `pack`; the tensors are views of the block, pinned if it is."""
+    return _Unpickler(io.BytesIO(head), block).load()
 
 
 def loaded(dataset: Dataset[T], workers: int) -> Iterator[T]:
-    """A data set's items in order, made by worker processes ahead of their use; 0: in this process, when asked for."""
+    """A data set's items in order, made by worker processes ahead of their use; 0: in this process, when asked for.
+
+    Their tensors are in pinned memory where there is a GPU; then the items need a method `pin_memory`.
+    """
+    pinned = torch.cuda.is_available()
     if workers:
-        for parcel in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=pack):
-            yield unpack(parcel)
+        for parcel in DataLoader(dataset, batch_size=None, num_workers=workers, collate_fn=pack, pin_memory=pinned):
+            yield unpack(*parcel)
     else:
-        yield from DataLoader(dataset, batch_size=None)
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
+        yield from DataLoader(dataset, batch_size=None, pin_memory=pinned)
