@@ -41,7 +41,7 @@ def write_recipe(run: Path) -> Path:
 
 
 def write_data(root: Path) -> None:
-    """Chat JSONL: images of three sizes, answers of different lengths."""
+    """Chat JSONL: one or two images of three sizes, answers of different lengths."""
     root.mkdir()
     for n, (width, height) in enumerate([(64, 64), (128, 64), (96, 96)]):
         save_image(root / f"{n}.png", width, height, seed=n)
@@ -49,7 +49,8 @@ def write_data(root: Path) -> None:
         for i, sample in enumerate(corpus(root / "0.png")[:SAMPLES]):
             answer = f"{i} {sample.answer[: 8 + 7 * (i % 9)]}"  # equal contents would be one sample
             turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"id": str(i), "image": f"{i % 3}.png", "messages": turns}) + "\n")
+            images = [f"{i % 3}.png", *(["1.png"] if i % 5 == 4 else [])]
+            file.write(json.dumps({"id": str(i), "images": images, "messages": turns}) + "\n")
 
 
 def make_run(run: Path) -> Path:
