@@ -3,7 +3,7 @@
 Shapes: B samples, S sequence, N answer tokens of the micro-batch (all samples, in order), K teacher entries.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +53,24 @@ class MicroBatch:
     """Words that image tokens shall name, see `vision`; None without word alignment."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
-        """Move to a device; pixel values are cast to the model's dtype."""
-        inputs = {k: v.to(device, dtype if k == "pixel_values" else None) for k, v in self.inputs.items()}
-        moved = {k: getattr(self, k).to(device) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
-        targets = None if self.targets is None else self.targets.to(device)
-        cells = None if self.cells_CV is None else self.cells_CV.to(device)
+        """Move to a device, without waiting where the memory is pinned; pixel values become the model's dtype."""
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        moved.inputs["pixel_values"] = moved.inputs["pixel_values"].to(dtype)
+        return moved
+
+    def pin_memory(self) -> "MicroBatch":
+        """For a DataLoader with `pin_memory`."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        changed = {k: change(getattr(self, k)) for k in ("keep", "rows_BW", "labels_N", "sample_N", "alpha_N")}
         return MicroBatch(
-            request=self.request, sample_ids=self.sample_ids, inputs=inputs, targets=targets, cells_CV=cells, **moved
+            request=self.request,
+            sample_ids=self.sample_ids,
+            inputs={k: change(v) for k, v in self.inputs.items()},
+            targets=None if self.targets is None else self.targets.each(change),
+            cells_CV=None if self.cells_CV is None else change(self.cells_CV),
+            **changed,
         )
 
 

@@ -184,7 +184,7 @@ class SketchConfig(Section):
     """Sketches of a teacher's hidden states at image cells and answer tokens (METHOD section 1)."""
 
     layer: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
-    """Which hidden states, counted as transformers does: 0 is what the first decoder layer reads."""
+    """Hidden states that this decoder layer reads, from 0; the number of layers means those that the LM head reads."""
     dim: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=64, le=1024, multiple_of=64)] = 128
     """Values a sketch has; bytes = 1.03 times that."""
     seed: int = 0

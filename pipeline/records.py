@@ -109,7 +109,7 @@ class RecordWriter:
         try:
             for kind in self.kinds:
                 _check_origin(open_shard(self.folder, shard, kind).record, self.folder, digest)
-        except StoreError:
+        except ShardDamagedError:
             return False
         return True
 

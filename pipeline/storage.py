@@ -149,7 +149,7 @@ class LocalFolder:
 
 @dataclass(frozen=True, slots=True)
 class ObjectFolder:
-    """See `Folder`."""
+    """See `Folder`. StoreError when the object store cannot be reached, or refuses."""
 
     url: str
 
@@ -157,12 +157,11 @@ class ObjectFolder:
         return self.url
 
     def names(self) -> list[str]:
-        fs, path = self._open()
-        fs.invalidate_cache()
-        try:
-            found = fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return []
+        with self._opened() as (fs, path):
+            try:
+                found = fs.ls(path, detail=True)
+            except FileNotFoundError:
+                return []
         return sorted(entry["name"].rsplit("/", 1)[1] for entry in found if entry["type"] == "file")
 
     def size(self, name: str) -> int | None:
@@ -170,36 +169,36 @@ class ObjectFolder:
         return None if info is None else int(info["size"])
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
-        fs, path = self._open()
         if end is not None and end <= begin:
             return b""  # an object store refuses an empty range
-        return bytes(fs.cat_file(f"{path}/{name}", start=begin, end=end))
+        with self._opened() as (fs, path):
+            return bytes(fs.cat_file(f"{path}/{name}", start=begin, end=end))
 
     def write(self, name: str, raw: bytes) -> None:
-        fs, path = self._open()
-        fs.pipe_file(f"{path}/{name}", raw)
+        with self._opened() as (fs, path):
+            fs.pipe_file(f"{path}/{name}", raw)
 
     def create(self, name: str, raw: bytes) -> bool:
-        fs, path = self._open()
-        try:
-            fs.pipe_file(f"{path}/{name}", raw, mode="create")
-        except FileExistsError:
-            return False
+        with self._opened() as (fs, path):
+            try:
+                fs.pipe_file(f"{path}/{name}", raw, mode="create")
+            except FileExistsError:
+                return False
         return True
 
     def remove(self, name: str) -> bool:
-        fs, path = self._open()
-        try:
-            fs.rm_file(f"{path}/{name}")
-        except FileNotFoundError:
+        if self._info(name) is None:  # S3 deletes what is not there without a word
             return False
+        with self._opened() as (fs, path), contextlib.suppress(FileNotFoundError):
+            fs.rm_file(f"{path}/{name}")
         return True
 
     def age(self, name: str) -> float | None:
-        if self._info(name) is None:
-            return None
-        fs, path = self._open()
-        return time.time() - float(fs.modified(f"{path}/{name}").timestamp())
+        with self._opened() as (fs, path):
+            try:
+                return time.time() - float(fs.modified(f"{path}/{name}").timestamp())
+            except FileNotFoundError:
+                return None
 
     def touch(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -209,14 +208,20 @@ class ObjectFolder:
         """Nothing: an object is whole or not there."""
 
     def _info(self, name: str) -> dict[str, Any] | None:
-        fs, path = self._open()
-        fs.invalidate_cache()
-        try:
-            return dict(fs.info(f"{path}/{name}"))
-        except FileNotFoundError:
-            return None
+        with self._opened() as (fs, path):
+            try:
+                return dict(fs.info(f"{path}/{name}"))
+            except FileNotFoundError:
+                return None
 
-    def _open(self) -> tuple[Any, str]:
-        """The file system, one a process: fsspec makes another after a fork."""
-        fs, path = fsspec.core.url_to_fs(self.url)
-        return fs, str(path).rstrip("/")
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[tuple[Any, str]]:
+        """The file system, and the folder's path in it. fsspec keeps one a process, and makes another after a fork."""
+        try:
+            fs, path = fsspec.core.url_to_fs(self.url)
+            fs.invalidate_cache()  # other processes write too
+            yield fs, str(path).rstrip("/")
+        except (StoreError, FileNotFoundError):
+            raise
+        except Exception as error:  # every object store has exceptions of its own
+            raise StoreError(f"{self.url}: {type(error).__name__}: {error}. Nothing was lost.") from error

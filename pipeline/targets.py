@@ -47,7 +47,7 @@ class SoftTargets:
 
     def rows(self, index: slice | Tensor) -> "SoftTargets":
         """The selected rows, as views where the index allows it."""
-        return self._each(lambda tensor: tensor[index])
+        return self.each(lambda tensor: tensor[index])
 
     def split(self, counts: Sequence[int]) -> list["SoftTargets"]:
         """Views of so many rows each, one behind the other."""
@@ -56,7 +56,7 @@ class SoftTargets:
 
     def to(self, device: torch.device | str) -> "SoftTargets":
         """The same targets on another device."""
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
     def padded(self, top_k: int) -> "SoftTargets":
         """Sampled targets with more columns, which no draw fell on."""
@@ -64,7 +64,8 @@ class SoftTargets:
         ids, shares = F.pad(self.ids, more), F.pad(self.logprobs, more, value=float("-inf"))
         return SoftTargets(ids, shares, self.tail_logprob, self.gold_logprob, self.entropy, self.sampled)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
+    def each(self, change: Callable[[Tensor], Tensor]) -> "SoftTargets":
+        """The same targets with every tensor changed."""
         ids, logprobs, tail, gold, entropy = map(change, self._tensors())
         return SoftTargets(ids, logprobs, tail, gold, entropy, self.sampled)
 

@@ -23,11 +23,14 @@ def draw(path: Path) -> None:
     Image.new("RGB", (160, 128)).save(path)
 
 
-def test_the_recipe_for_ones_own_models_is_valid(tmp_path):
-    (text,) = blocks("yaml")
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    recipe = load_recipe(path)
+def test_the_recipes_for_ones_own_models_are_valid(tmp_path):
+    caching, whole = tmp_path / "caching.yaml", tmp_path / "whole.yaml"
+    for path, text in zip((caching, whole), blocks("yaml"), strict=True):
+        path.write_text(text)
+    recipe = load_recipe(caching)
+    assert recipe.model_dir(recipe.targets.teacher) == Path(recipe.models["teacher"].path)
+    assert recipe.store_url == "/scratch/targets"
+    recipe = load_recipe(whole)
     assert recipe.model_dir(recipe.targets.teacher) == Path(recipe.models["teacher"].path)
     assert recipe.model_dir(recipe.models["moe"].upcycle.source) == Path(recipe.models["student"].path)
     assert recipe.jobs["clkd"].distill and recipe.jobs["clkd"].curriculum

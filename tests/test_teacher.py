@@ -12,70 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_data import corpus, make_processor, save_image
+from teacher_run import ROOT, SAMPLES, TOP_K, alone, contents, elsewhere, make_run, parts, write_recipe
 
 from pipeline.command_line import load_recipe
-from pipeline.config import ModelConfig, Recipe, TextSize, VisionSize
-from pipeline.data import read_samples
 from pipeline.errors import ConfigError, StoreError, UserError
 from pipeline.leases import LEASE_S, ShardLeases, lease_name
-from pipeline.models import build, load_model, save_model
-from pipeline.processor import Processor, collate
+from pipeline.processor import collate
 from pipeline.shards import shard_name
 from pipeline.store import main as inspect_store
 from pipeline.target_store import SoftTargetStore
 from pipeline.teacher import batch_outputs, expected_identity, main, run_pass
 
-ROOT = Path(__file__).parent.parent
-SAMPLES, SHARD, TOP_K, TEMPERATURE = 41, 10, 16, 2.0
-TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8)  # fmt: skip
-VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
-
-
-def write_recipe(run: Path) -> Path:
-    path = run / "recipe.yaml"
-    path.write_text(
-        json.dumps(
-            {
-                "run": {"dir": str(run), "device": "cpu"},
-                "data": {"format": "chat", "root": str(run / "data"), "train_split": "train"},
-                "models": {"teacher": {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}},
-                "targets": {
-                    "teacher": "models.teacher",
-                    "top_k": TOP_K,
-                    "temperature": TEMPERATURE,
-                    "shard_samples": SHARD,
-                    "batch_size": 4,
-                },
-            }
-        )
-    )
-    return path
-
-
-def write_data(root: Path) -> None:
-    """Chat JSONL: images of three sizes, answers of different lengths."""
-    root.mkdir()
-    for n, (width, height) in enumerate([(64, 64), (128, 64), (96, 96)]):
-        save_image(root / f"{n}.png", width, height, seed=n)
-    with (root / "train.jsonl").open("w") as file:
-        for i, sample in enumerate(corpus(root / "0.png")[:SAMPLES]):
-            answer = f"{i} {sample.answer[: 8 + 7 * (i % 9)]}"  # equal contents would be one sample
-            turns = [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"id": str(i), "image": f"{i % 3}.png", "messages": turns}) + "\n")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run folder up to the teacher, whose distributions are peaky, as a trained one's."""
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    processor = make_processor(run / "processor")
-    write_data(run / "data")
-    model = build(ModelConfig(text=TEXT, vision=VISION), processor, seed=0)
-    model.model.language_model.norm.weight.data.mul_(60.0)
-    save_model(model, processor, run / "models" / "teacher")
-    return write_recipe(run).parent
+    return make_run(tmp_path_factory.mktemp("teacher") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -85,43 +36,6 @@ def finished(run):
     summary = run_pass(recipe)
     assert (summary.shards, summary.skipped, summary.samples) == (5, 0, SAMPLES)
     return recipe
-
-
-def elsewhere(run: Path, store: Path, *overrides: str) -> Recipe:
-    """The same run with another store."""
-    return load_recipe(run / "recipe.yaml", [f"targets.store={store}", *overrides])
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
-
-
-def parts(recipe):
-    processor = Processor.load(recipe.processor_dir, recipe.data)
-    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-    return processor, samples, load_model(recipe.model_dir(recipe.targets.teacher))
-
-
-@torch.no_grad()
-def alone(model, processor, sample):
-    """Independent reference: Hugging Face's own logits for one unpadded sample.
-
-    Returns the answer's tokens and the log-probabilities [T, V] that each was predicted with.
-    """
-    encoded = processor.encode(sample)
-    ids = encoded.input_ids[None]
-    logits = model(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=encoded.pixel_values,
-        image_grid_thw=encoded.image_grid_thw,
-        mm_token_type_ids=(ids == processor.image_token_id).long(),
-    ).logits[0]
-    answer = [*processor.tokenizer.encode(sample.answer, add_special_tokens=False), processor.eos_id]
-    before = len(encoded.input_ids) - len(answer)
-    assert encoded.input_ids[before:].tolist() == answer
-    log_p = (logits.double() / TEMPERATURE).log_softmax(-1)
-    return torch.tensor(answer), torch.stack([log_p[before + t - 1] for t in range(len(answer))])
 
 
 def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished):
@@ -352,27 +266,32 @@ def test_killed_at_fifty_random_moments_no_sample_is_lost_doubled_or_torn(run, f
         process.start()
         return process
 
-    for attempt in range(2):  # the first one starts the server that the others are forked from
-        began = time.monotonic()
-        start(tmp_path / f"warm-{attempt}", 0).join(120)
-        lifetime = time.monotonic() - began
+    def committed(store: Path) -> int:
+        return len(list(store.glob("shard-*.json")))
+
+    def kill(process: Any, store: Path) -> bool:
+        """After up to two more commits, and a moment on top; False if it had ended before."""
+        wanted = committed(store) + rng.randrange(3)
+        while process.is_alive() and committed(store) < wanted:
+            time.sleep(0.002)
+        process.join(rng.uniform(0, 0.05 if wanted else 2))
+        alive = bool(process.is_alive())
+        process.kill()
+        process.join(60)
+        return alive
+
     while kills < 50:
         store = tmp_path / f"store-{rounds}"
         rounds += 1
-        while kills < 50 and len(list(store.glob("shard-*.json"))) < 10:
-            workers = [(rng.uniform(0, lifetime), start(store, worker)) for worker in range(2)]
-            began = time.monotonic()
-            for moment, process in sorted(workers, key=lambda pair: pair[0]):
-                process.join(max(0.0, moment - (time.monotonic() - began)))
-                kills += process.is_alive()
-                process.kill()
-                process.join(60)
-            found.add(len(list(store.glob("shard-*.json"))))
+        while kills < 50 and committed(store) < 10:
+            for process in [start(store, worker) for worker in range(2)]:
+                kills += kill(process, store)
+            found.add(committed(store))
         last = start(store, 0)
         last.join(120)
         assert last.exitcode == 0
         assert contents(store) == reference, f"round {rounds}, {kills} kills"
-    assert len(found) > 5, "the kills hit workers in several states"
+    assert len(found) > 5, f"the kills hit workers in several states, got {found}"
 
 
 def smaller_shards(run: Path, store: Path) -> list[Path]:
