@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.errors import StoreError
 
-PIECE_ELEMENTS = {"cpu": 1 << 20}
-"""Logits that are worked on at a time, in two float32 tensors. CPUs: what caches and the allocator's heap hold."""
+PIECE_ELEMENTS = {"cpu": 1 << 21}
+"""Logits that are worked on at a time, in two float32 tensors. CPUs: what caches hold."""
 PIECE_ELEMENTS_ELSEWHERE = 1 << 24
 """GPUs: not measured."""
 _BLOCK = 64
@@ -96,10 +96,10 @@ def from_logits(logits_TV: Tensor, gold_T: Tensor, top_k: int, temperature: floa
         StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
 
-    def keep(rows: slice) -> SoftTargets:
+    def keep(rows: slice, room_2tV: Tensor) -> SoftTargets:
         logits_tV = logits_TV[rows].float()
         top_tK, ids_tK = _top_k(logits_tV, clipped_top_k(top_k, logits_tV.shape[-1]))
-        view = _Softmax.of(logits_tV, top_tK[:, :1], temperature)
+        view = _Softmax.of(logits_tV, top_tK[:, :1], temperature, room_2tV)
         gold_t, entropy_t = view.gold_and_entropy(gold_T[rows])
         return SoftTargets(ids_tK, view.logprobs(top_tK), view.logprob_outside(ids_tK), gold_t, entropy_t)
 
@@ -143,9 +143,9 @@ def drawn_from_logits(
         StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
 
-    def keep(rows: slice) -> SoftTargets:
+    def keep(rows: slice, room_2tV: Tensor) -> SoftTargets:
         logits_tV, offsets_t = logits_TV[rows].float(), offsets_T[rows]
-        view = _Softmax.of(logits_tV, logits_tV.amax(dim=-1, keepdim=True), temperature)
+        view = _Softmax.of(logits_tV, logits_tV.amax(dim=-1, keepdim=True), temperature, room_2tV)
         # In integers: a sum of floats would depend on the order of adding. The scaling by 2^40 is exact.
         mass_tV = ((view.mass_TV / view.total_T1) * 2.0**40).long().cumsum(dim=-1)
         gold_t, entropy_t = view.gold_and_entropy(gold_T[rows])
@@ -193,12 +193,15 @@ class _Softmax:
     """Z: p is mass / Z."""
 
     @classmethod
-    def of(cls, logits_TV: Tensor, max_T1: Tensor, temperature: float) -> "_Softmax":
-        """StoreError when a maximum is not finite."""
+    def of(cls, logits_TV: Tensor, max_T1: Tensor, temperature: float, room_2TV: Tensor) -> "_Softmax":
+        """Of float32 logits; d and mass go to `room_2TV`. StoreError when a maximum is not finite."""
         if not torch.isfinite(max_T1).all():
             raise StoreError("the teacher's logits are not finite, so they are no distribution")
-        d_TV = (logits_TV - max_T1).div_(temperature).clamp_min_(_LOWEST)
-        mass_TV = d_TV.exp()
+        d_TV = torch.sub(logits_TV, max_T1, out=room_2TV[0])
+        if temperature != 1.0:
+            d_TV.div_(temperature)
+        d_TV.clamp_min_(_LOWEST)
+        mass_TV = torch.exp(d_TV, out=room_2TV[1])
         return cls(logits_TV, max_T1, temperature, d_TV, mass_TV, mass_TV.sum(dim=-1, keepdim=True))
 
     def logprobs(self, logits: Tensor) -> Tensor:
@@ -224,12 +227,19 @@ class _Softmax:
         return logprob_T
 
 
-def _in_pieces(keep: Callable[[slice], SoftTargets], logits_TV: Tensor) -> SoftTargets:
-    """What `keep` makes of a few rows at a time."""
-    elements = PIECE_ELEMENTS.get(logits_TV.device.type, PIECE_ELEMENTS_ELSEWHERE)
-    size = max(1, elements // logits_TV.shape[-1])
-    starts = range(0, max(1, len(logits_TV)), size)
-    return concatenate([keep(slice(start, start + size)) for start in starts])
+def _in_pieces(keep: Callable[[slice, Tensor], SoftTargets], logits_TV: Tensor) -> SoftTargets:
+    """What `keep` makes of t rows at a time, given the rows and room for two float32 tensors [t, V].
+
+    All pieces use the same room: on CPUs the first use of fresh memory takes longer than the arithmetic.
+    """
+    num_rows, num_vocab = logits_TV.shape
+    size = max(1, PIECE_ELEMENTS.get(logits_TV.device.type, PIECE_ELEMENTS_ELSEWHERE) // num_vocab)
+    room = torch.empty(2, min(size, num_rows), num_vocab, device=logits_TV.device)
+    parts = []
+    for start in range(0, max(1, num_rows), size):
+        rows = slice(start, min(start + size, num_rows))
+        parts.append(keep(rows, room[:, : rows.stop - rows.start]))
+    return concatenate(parts)
 
 
 def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:

@@ -89,9 +89,9 @@ def rotated(ways: Sequence[str], turn: int) -> list[str]:
 
 def table(figures: Figures, labels: Mapping[str, str], baseline: str, unit: str) -> str:
     """A line for each way: its median time and its ratio to the baseline with quartiles."""
-    lines = [f"{'':34}{unit:>14}{'ratio':>8}{'quartiles':>16}"]
+    lines = [f"{'':42}{unit:>14}{'ratio':>8}{'quartiles':>16}"]
     for way, label in labels.items():
         ratio = "1" if way == baseline else f"{figures[f'{way}_vs_{baseline}']:.3f}"
         spread = "" if way == baseline else " - ".join(f"{figures[f'{way}_vs_{baseline}_q{i}']:.3f}" for i in (1, 3))
-        lines.append(f"{label:34}{figures[f'{way}_ms']:>14.1f}{ratio:>8}{spread:>16}")
+        lines.append(f"{label:42}{figures[f'{way}_ms']:>14.2f}{ratio:>8}{spread:>16}")
     return "\n".join(lines)

@@ -1,12 +1,13 @@
 """What the teacher pass costs beyond the teacher's forward.
 
-    python -m tools.bench_teacher [--json FILE] [--vocab 151936] [--width 512] [--layers 8] [--scenes 30] [--repeats 3]
+    python -m tools.bench_teacher [--json FILE] [--vocab 151936] [--width 512] [--layers 8] [--scenes 30] [--repeats 5]
 
 Four ways over the same batches: `bare` (the bare forward and the baseline: model.base_model and the LM head on answer
 rows only, batches encoded before), `targets` (`teacher.batch_outputs` on these batches), `stored` (the same, and a
 thread encodes and commits each shard meanwhile) and `whole` (`teacher.run_pass` from image files to the finished store,
 model loading left out; DataLoader workers encode the batches). Rounds run all ways in turning order; ratios are taken
-within a round. Writes one flat JSON object.
+within a round, given as median and quartiles. `<way>_cpu` is processor time of the computing thread alone, which other
+processes on the machine hardly change. Writes one flat JSON object.
 
 The smaller the teacher, the larger the overhead: work on a row of logits depends on the vocabulary, the forward on the
 model's size. Few samples count against `whole`: its first window of batches is waited for.
@@ -45,8 +46,17 @@ LABELS = {
     "stored": "with soft targets and store",
     "whole": "whole pass, images to store",
 }
-_ROWS_AT_ONCE = 1 << 25
+LOGITS_AT_ONCE = 1 << 25
 """Logits that the bare forward makes at a time, as the pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One way over all batches, in seconds."""
+
+    wall: float
+    cpu: float | None = None
+    """Of the computing thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +90,22 @@ def bare_forward(model: PreTrainedModel, batch: Batch) -> None:
     sample_N, position_N = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
     rows_ND = hidden_BSD[sample_N, position_N - 1]
     head: Any = model.get_output_embeddings()
-    for part_nD in rows_ND.split(max(1, _ROWS_AT_ONCE // len(head.weight))):
+    for part_nD in rows_ND.split(max(1, LOGITS_AT_ONCE // len(head.weight))):
         head(part_nD)
 
 
-def run_bare(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> float:
-    """Seconds of the bare forward over all batches."""
+def run_bare(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
+    """The bare forward over all batches."""
     return timed(lambda: [bare_forward(model, batch) for batch in encoded.batches])
 
 
-def run_targets(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> float:
-    """Seconds of forward and soft targets."""
+def run_targets(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
+    """Forward and soft targets."""
     return timed(lambda: [batch_outputs(model, batch, recipe.targets) for batch in encoded.batches])
 
 
-def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> float:
-    """Seconds of forward, soft targets and their commit by a thread, until all is on disk."""
+def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
+    """Forward, soft targets and their commit by a thread, until all is on disk."""
     writer = RecordWriter(store, expected_identity(recipe, encoded.processor))
 
     def work() -> None:
@@ -109,15 +119,15 @@ def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: 
     return timed(work)
 
 
-def run_whole(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> float:
-    """Seconds of the stage itself; it loads a model of its own before its clock starts."""
+def run_whole(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
+    """The stage itself; it loads a model of its own before its clock starts."""
     settings = recipe.targets.model_copy(update={"store": str(store)})
     summary = run_pass(recipe.model_copy(update={"targets": settings}))
     assert summary.samples == sum(len(batch["sample_ids"]) for batch in encoded.batches)
-    return summary.seconds
+    return Timing(summary.seconds)
 
 
-WAYS: dict[str, Callable[[Recipe, PreTrainedModel, Encoded, Path], float]] = {
+WAYS: dict[str, Callable[[Recipe, PreTrainedModel, Encoded, Path], Timing]] = {
     "bare": run_bare,
     "targets": run_targets,
     "stored": run_stored,
@@ -125,11 +135,11 @@ WAYS: dict[str, Callable[[Recipe, PreTrainedModel, Encoded, Path], float]] = {
 }
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that the work takes."""
-    started = time.perf_counter()
+def timed(work: Callable[[], object]) -> Timing:
+    """What the work takes."""
+    started, cpu = time.perf_counter(), time.thread_time()
     work()
-    return time.perf_counter() - started
+    return Timing(time.perf_counter() - started, time.thread_time() - cpu)
 
 
 def make_teacher_run(folder: Path, options: argparse.Namespace) -> tuple[Recipe, int]:
@@ -151,16 +161,23 @@ def bench(options: argparse.Namespace, folder: Path) -> Figures:
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
     model = load_model(recipe.model_dir("models.teacher"), attention=batch_attention())
     encoded = encode(recipe)
-    for way in (bare_forward, lambda model, batch: batch_outputs(model, batch, recipe.targets)):
-        way(model, encoded.batches[0])  # warm-up
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    bare_forward(model, encoded.batches[0])  # both once, to warm up
+    batch_outputs(model, encoded.batches[0], recipe.targets)
+    timings: dict[str, list[Timing]] = {way: [] for way in WAYS}
     for turn in tqdm(range(options.repeats), desc="teacher", unit="round", disable=None):
         for way in rotated(list(WAYS), turn):
-            seconds[way].append(WAYS[way](recipe, model, encoded, folder / f"store-{way}-{turn}"))
+            timings[way].append(WAYS[way](recipe, model, encoded, folder / f"store-{way}-{turn}"))
     tokens = sum(int((batch["labels"] != IGNORED).sum()) for batch in encoded.batches)
-    per_token = {way: [value / tokens for value in values] for way, values in seconds.items()}
     samples = sum(len(batch["sample_ids"]) for batch in encoded.batches)
-    return ratios(per_token, "bare") | {"teacher_parameters": parameters, "samples": samples, "tokens": tokens}
+    about = {"teacher_parameters": parameters, "samples": samples, "tokens": tokens}
+    return summarise(timings, tokens) | about
+
+
+def summarise(timings: dict[str, list[Timing]], tokens: int) -> Figures:
+    """Milliseconds a token and ratios to the bare forward, of the clock and of the computing thread."""
+    wall = {way: [t.wall / tokens for t in of_way] for way, of_way in timings.items()}
+    cpu = {f"{way}_cpu": [t.cpu / tokens for t in of_way if t.cpu is not None] for way, of_way in timings.items()}
+    return ratios(wall, "bare") | ratios({way: values for way, values in cpu.items() if values}, "bare_cpu")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -173,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=512, help="the decoder's width")
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
     parser.add_argument("--scenes", type=int, default=30, help="images drawn; about four samples each")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples of a forward")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved passes of each way")
+    parser.add_argument("--batch-size", type=int, default=8, help="samples of a forward")
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved passes of each way")
     parser.add_argument("--precision", default="highest", choices=("highest", "medium"), help="of matrix products")
     parser.add_argument("--codec", default="packed", choices=("packed", "compact", "sampled"))
     options = parser.parse_args(argv)
@@ -186,6 +203,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{figures['samples']} samples, {figures['tokens']} answer tokens")
     print(table(figures, LABELS, "bare", "ms a token"))
+    on_cpu = {f"{way}_cpu": f"{label}, thread's CPU" for way, label in LABELS.items() if way != "whole"}
+    print(table(figures, on_cpu, "bare_cpu", "ms a token"))
 
 
 if __name__ == "__main__":
