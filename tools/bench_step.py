@@ -8,8 +8,9 @@ by `MicroBatches`) and `online` (the teacher's forward on every batch, targets b
 step as `cached`). A step's time includes the wait for its batches, which DataLoader workers build.
 
 A round runs a block of steps of each way, one loader at a time, in turning order; a block's first step is not timed.
-Times are medians over rounds; ratios are taken within a round, given as median and quartiles. `targets_read` is the
-time that reading and decoding a step's soft targets takes by itself, in one thread. Writes one flat JSON object.
+Times are medians over rounds; ratios are taken within a round, given as median and quartiles. `<way>_cpu` is processor
+time of the training thread alone, which other processes on the machine hardly change. `targets_read` is the time that
+reading and decoding a step's soft targets takes by itself, in one thread. Writes one flat JSON object.
 """
 
 import argparse
@@ -54,6 +55,8 @@ class Block:
 
     step: list[float] = field(default_factory=list)
     """All of a step: waiting, the teacher, forwards, backwards, optimizer."""
+    cpu: list[float] = field(default_factory=list)
+    """The same in processor time of the training thread."""
     wait: list[float] = field(default_factory=list)
     """Waiting for the loader."""
     teacher: list[float] = field(default_factory=list)
@@ -102,7 +105,7 @@ class Bench:
         return timed
 
     def _step(self, way: str, stream: Iterator[MicroBatch], timed: Block) -> None:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.thread_time()
         micros = [next(stream) for _ in range(self.sft.global_batch_size // self.sft.micro_batch_size)]
         loaded = time.perf_counter()
         if way == "online":
@@ -111,6 +114,7 @@ class Bench:
         run_step(self._context(self.sft if way == "sft" else self.kd), micros)
         self.engine.step()
         timed.step.append(time.perf_counter() - started)
+        timed.cpu.append(time.thread_time() - cpu)
         timed.wait.append(loaded - started)
         timed.teacher.append(taught - loaded)
 
@@ -181,6 +185,8 @@ def measure(runner: Bench, rounds: int, steps: int) -> dict[str, list[Block]]:
 def summarise(blocks: dict[str, list[Block]], reading: Sequence[float]) -> Figures:
     """Times of a step in milliseconds, ratios to plain SFT, and shares of a step."""
     figures = ratios({way: [statistics.mean(b.step) for b in of_way] for way, of_way in blocks.items()}, "sft")
+    cpu = {f"{way}_cpu": [statistics.mean(b.cpu) for b in of_way] for way, of_way in blocks.items()}
+    figures |= ratios(cpu, "sft_cpu")
     for way, of_way in blocks.items():
         shares = [sum(b.wait) / sum(b.step) for b in of_way]
         figures |= {f"{way}_wait_ms": 1e3 * statistics.median(statistics.mean(b.wait) for b in of_way)}
@@ -216,6 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
     print(table(figures, LABELS, "sft", "ms a step"))
+    on_cpu = {f"{way}_cpu": f"{label}, thread's CPU" for way, label in LABELS.items()}
+    print(table(figures, on_cpu, "sft_cpu", "ms a step"))
     for name in ("sft_wait", "cached_wait", "targets_read"):
         print(f"{name}: {figures[f'{name}_ms']:.2f} ms, {figures[f'{name}_share']:.2%} of the step")
     print(f"of the online step the teacher takes {figures['online_teacher_ms']:.1f} ms")
