@@ -227,6 +227,7 @@ class _Softmax:
         return logprob_T
 
 
+@torch.no_grad()
 def _in_pieces(keep: Callable[[slice, Tensor], SoftTargets], logits_TV: Tensor) -> SoftTargets:
     """What `keep` makes of t rows at a time, given the rows and room for two float32 tensors [t, V].
 
