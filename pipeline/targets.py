@@ -1,6 +1,7 @@
 """Soft targets of a teacher: a sparse view of its distribution at every answer token, made from logits.
 
-Shape suffixes: T = answer tokens (`<|im_end|>` included, in order), V = vocabulary, K = entries a token, N = draws.
+Shape suffixes: T = answer tokens (`<|im_end|>` included, in order), t = some of them, V = vocabulary, K = entries a
+token, N = draws, B = blocks of the vocabulary, C = candidates.
 Everything is in nats, at the softmax temperature the targets were made with. `codecs` turns them into bytes.
 """
 
@@ -14,6 +15,17 @@ import xxhash
 from torch import Tensor
 
 from pipeline.errors import StoreError
+
+PIECE_ELEMENTS = {"cpu": 1 << 21}
+"""Logits that are worked on at a time, in two float32 tensors. CPUs: what caches hold."""
+PIECE_ELEMENTS_ELSEWHERE = 1 << 24
+"""GPUs: not measured."""
+_BLOCK = 64
+"""Columns of which `_top_k` first takes the maximum alone."""
+_LOWEST = -87.0
+"""Distance below the top logit from which a token counts as e^-87: e^-88 is subnormal, and slow on CPUs."""
+_THIN = 1e-30
+"""Tail mass over the top token's, below which `_LOWEST` would be seen in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +102,34 @@ def from_logits(logits_TV: Tensor, gold_T: Tensor, top_k: int, temperature: floa
     Raises:
         StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
-    log_p_TV = _log_softmax(logits_TV, temperature)
-    gold_logprob_T, entropy_T = _gold_and_entropy(log_p_TV, gold_T)
-    logprobs_TK, ids_TK = log_p_TV.topk(clipped_top_k(top_k, log_p_TV.shape[-1]), dim=-1)
-    # Exact tail: 1 - sum_k p_k would cancel once the teacher is sharp.
-    tail_T = log_p_TV.scatter_(-1, ids_TK, float("-inf")).logsumexp(dim=-1)
-    return SoftTargets(ids_TK, logprobs_TK, tail_T, gold_logprob_T, entropy_T)
+
+    def keep(rows: slice, room_2tV: Tensor) -> SoftTargets:
+        logits_tV = logits_TV[rows].float()
+        top_tK, ids_tK = _top_k(logits_tV, clipped_top_k(top_k, logits_tV.shape[-1]))
+        view = _Softmax.of(logits_tV, top_tK[:, :1], temperature, room_2tV)
+        gold_t, entropy_t = view.gold_and_entropy(gold_T[rows])
+        return SoftTargets(ids_tK, view.logprobs(top_tK), view.logprob_outside(ids_tK), gold_t, entropy_t)
+
+    return _in_pieces(keep, logits_TV)
+
+
+def _top_k(values_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`values_TV.topk(top_k)`, several times faster for few of many: sought in the blocks with the largest maxima.
+
+    A block that is left out has K others whose maxima are at least as large as all of it.
+    """
+    size = values_TV.shape[-1]
+    blocks = size // _BLOCK
+    if blocks <= 4 * top_k:
+        values_TK, ids_TK = values_TV.topk(top_k, dim=-1)
+        return values_TK, ids_TK
+    whole, column = blocks * _BLOCK, torch.arange(size, device=values_TV.device)
+    maxima_TB = values_TV[:, :whole].reshape(-1, blocks, _BLOCK).amax(dim=-1)
+    chosen_TK = maxima_TB.topk(top_k, dim=-1, sorted=False).indices
+    inside_TC = (chosen_TK[:, :, None] * _BLOCK + column[:_BLOCK]).flatten(1)
+    candidates_TC = torch.cat([inside_TC, column[whole:].expand(len(values_TV), -1)], dim=1)
+    values_TK, places_TK = values_TV.gather(-1, candidates_TC).topk(top_k, dim=-1)
+    return values_TK, candidates_TC.gather(-1, places_TK)
 
 
 def drawn_from_logits(
@@ -115,17 +149,22 @@ def drawn_from_logits(
     Raises:
         StoreError: a row has no finite maximum (NaN, or infinite logits).
     """
-    log_p_TV = _log_softmax(logits_TV, temperature)
-    gold_logprob_T, entropy_T = _gold_and_entropy(log_p_TV, gold_T)
-    # In integers: a sum of floats would depend on the order of adding. The scaling by 2^40 is exact.
-    mass_TV = (log_p_TV.exp_() * 2.0**40).long().cumsum(dim=-1)
-    quantile_TN = (torch.arange(draws, device=offsets_T.device) + offsets_T[:, None]) / draws
-    total_T1 = mass_TV[:, -1:]
-    # u close to 1 may be rounded up to the next draw's place, the last one's beyond the end.
-    ids_TN = torch.searchsorted(mass_TV, (quantile_TN * total_T1).long().minimum(total_T1 - 1), right=True)
-    ids_TK, counts_TK = _counted(ids_TN)
-    nothing_T = torch.full_like(entropy_T, float("-inf"))
-    return SoftTargets(ids_TK, (counts_TK / draws).log(), nothing_T, gold_logprob_T, entropy_T, sampled=True)
+
+    def keep(rows: slice, room_2tV: Tensor) -> SoftTargets:
+        logits_tV, offsets_t = logits_TV[rows].float(), offsets_T[rows]
+        view = _Softmax.of(logits_tV, logits_tV.amax(dim=-1, keepdim=True), temperature, room_2tV)
+        # In integers: a sum of floats would depend on the order of adding. The scaling by 2^40 is exact.
+        mass_tV = ((view.mass_TV / view.total_T1) * 2.0**40).long().cumsum(dim=-1)
+        gold_t, entropy_t = view.gold_and_entropy(gold_T[rows])
+        quantile_tN = (torch.arange(draws, device=offsets_t.device) + offsets_t[:, None]) / draws
+        total_t1 = mass_tV[:, -1:]
+        # u close to 1 may be rounded up to the next draw's place, the last one's beyond the end.
+        ids_tN = torch.searchsorted(mass_tV, (quantile_tN * total_t1).long().minimum(total_t1 - 1), right=True)
+        ids_tK, counts_tK = _counted(ids_tN)
+        nothing_t = torch.full_like(entropy_t, float("-inf"))
+        return SoftTargets(ids_tK, (counts_tK / draws).log(), nothing_t, gold_t, entropy_t, sampled=True)
+
+    return _in_pieces(keep, logits_TV)
 
 
 def draw_offsets(sample_id: str, tokens: int) -> Tensor:
@@ -146,16 +185,69 @@ def _counted(ids_TN: Tensor) -> tuple[Tensor, Tensor]:
     return empty_TK.scatter(1, slot_TN, ids_TN).gather(1, order_TK), counts_TK
 
 
-def _log_softmax(logits_TV: Tensor, temperature: float) -> Tensor:
-    log_p_TV = torch.log_softmax(logits_TV.float() / temperature, dim=-1)
-    if not torch.isfinite(log_p_TV.amax(dim=-1)).all():
-        raise StoreError("the teacher's logits are not finite, so they are no distribution")
-    return log_p_TV
+@dataclass(frozen=True, slots=True)
+class _Softmax:
+    """softmax(logits / temperature) of a few rows with one exponential a logit: all relative to the largest logit."""
+
+    logits_TV: Tensor
+    max_T1: Tensor
+    temperature: float
+    d_TV: Tensor
+    """(logit - max) / temperature, at least `_LOWEST`."""
+    mass_TV: Tensor
+    """e^d"""
+    total_T1: Tensor
+    """Z: p is mass / Z."""
+
+    @classmethod
+    def of(cls, logits_TV: Tensor, max_T1: Tensor, temperature: float, room_2TV: Tensor) -> "_Softmax":
+        """Of float32 logits; d and mass go to `room_2TV`. StoreError when a maximum is not finite."""
+        if not torch.isfinite(max_T1).all():
+            raise StoreError("the teacher's logits are not finite, so they are no distribution")
+        d_TV = torch.sub(logits_TV, max_T1, out=room_2TV[0])
+        if temperature != 1.0:
+            d_TV.div_(temperature)
+        d_TV.clamp_min_(_LOWEST)
+        mass_TV = torch.exp(d_TV, out=room_2TV[1])
+        return cls(logits_TV, max_T1, temperature, d_TV, mass_TV, mass_TV.sum(dim=-1, keepdim=True))
+
+    def logprobs(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of some logits of each row."""
+        return (logits - self.max_T1) / self.temperature - self.total_T1.log()
+
+    def gold_and_entropy(self, gold_T: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(gold) and H(p) = log Z - sum(mass d) / Z, both [T]. Uses `d_TV` up."""
+        weighted_T = self.d_TV.mul_(self.mass_TV).sum(dim=-1)
+        total_T = self.total_T1[:, 0]
+        gold_T1 = self.logits_TV.gather(-1, gold_T[:, None])
+        return self.logprobs(gold_T1)[:, 0], total_T.log() - weighted_T / total_T
+
+    def logprob_outside(self, ids_TK: Tensor) -> Tensor:
+        """Log of the mass of all other ids [T], exactly: 1 - sum_k p_k would cancel. Uses `mass_TV` up."""
+        mass_T = self.mass_TV.scatter_(-1, ids_TK, 0.0).sum(dim=-1)
+        logprob_T = mass_T.log() - self.total_T1[:, 0].log()
+        thin_T = mass_T < _THIN
+        if thin_T.any():
+            others_TV = self.logits_TV[thin_T].scatter(-1, ids_TK[thin_T], float("-inf"))
+            distance_TV = (others_TV - self.max_T1[thin_T]) / self.temperature
+            logprob_T[thin_T] = distance_TV.logsumexp(dim=-1) - self.total_T1[thin_T, 0].log()
+        return logprob_T
 
 
-def _gold_and_entropy(log_p_TV: Tensor, gold_T: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(gold) and H(p), both [T]."""
-    return log_p_TV.gather(-1, gold_T[:, None])[:, 0], torch.special.entr(log_p_TV.exp()).sum(dim=-1)
+@torch.no_grad()
+def _in_pieces(keep: Callable[[slice, Tensor], SoftTargets], logits_TV: Tensor) -> SoftTargets:
+    """What `keep` makes of t rows at a time, given the rows and room for two float32 tensors [t, V].
+
+    All pieces use the same room: on CPUs the first use of fresh memory takes longer than the arithmetic.
+    """
+    num_rows, num_vocab = logits_TV.shape
+    size = max(1, PIECE_ELEMENTS.get(logits_TV.device.type, PIECE_ELEMENTS_ELSEWHERE) // num_vocab)
+    room = torch.empty(2, min(size, num_rows), num_vocab, device=logits_TV.device)
+    parts = []
+    for start in range(0, max(1, num_rows), size):
+        rows = slice(start, min(start + size, num_rows))
+        parts.append(keep(rows, room[:, : rows.stop - rows.start]))
+    return concatenate(parts)
 
 
 def concatenate(parts: Sequence[SoftTargets]) -> SoftTargets:

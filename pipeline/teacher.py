@@ -95,7 +95,7 @@ class Outputs:
     cut_tokens: int = 0
 
 
-class _EncodedWindows(Dataset[tuple[int, list[Batch]]]):
+class EncodedWindows(Dataset[tuple[int, list[Batch]]]):
     """(shard, batches of similar length) of each window; encoding runs in DataLoader workers."""
 
     def __init__(self, windows: Sequence[Window], processor: Processor, batch_size: int) -> None:
@@ -379,7 +379,7 @@ def _encoded_windows(
     ]
     places = itertools.groupby(range(len(windows)), key=lambda place: windows[place].shard)
     taken = (place for shard, of_shard in places if take(shard) for place in of_shard)
-    dataset = _EncodedWindows(windows, processor, recipe.targets.batch_size)
+    dataset = EncodedWindows(windows, processor, recipe.targets.batch_size)
     # A worker of the loader encodes while this process computes.
     yield from DataLoader(dataset, batch_size=None, sampler=taken, num_workers=max(1, recipe.data.workers))
 

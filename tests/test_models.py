@@ -47,7 +47,7 @@ def encoded(processor, tmp_path_factory):
 
 
 def inputs(batch):
-    return {key: value for key, value in batch.items() if key not in ("labels", "sample_ids")}
+    return {key: value for key, value in batch.items() if key not in ("labels", "sample_ids", "cut_tokens")}
 
 
 def logits(model, rows, processor, side="right"):

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from pipeline import targets as targets_module
 from pipeline.batches import _inert
 from pipeline.errors import StoreError
 from pipeline.targets import clipped_top_k, concatenate, draw_offsets, drawn_from_logits, from_logits
@@ -45,6 +46,42 @@ def test_the_tail_of_a_sharp_teacher_is_not_lost_to_cancellation():
     assert from_logits(logits, torch.zeros(1, dtype=torch.long), 5, 1.0).tail_logprob.item() == pytest.approx(
         exact, rel=1e-5
     )
+
+
+def test_a_tail_or_a_gold_token_too_improbable_for_float32_keeps_its_logprob():
+    logits = torch.zeros(3, 100)
+    logits[0, :2] = torch.tensor([250.0, 240.0])
+    logits[1, 4:] = -math.inf  # fewer finite logits than entries kept, and nothing left for the tail
+    logits[2, 0], logits[2, 50:] = 100.0, -math.inf
+    targets = from_logits(logits, torch.tensor([9, 50, 9]), 6, 2.0)
+    gold = -125 - math.log1p(math.exp(-5))
+    assert targets.gold_logprob.tolist() == pytest.approx([gold, -math.inf, -50], rel=1e-5)
+    assert targets.tail_logprob.tolist() == pytest.approx([math.log(94) + gold, -math.inf, math.log(44) - 50], rel=1e-5)
+    assert targets.entropy.tolist() == pytest.approx([0.0401796, math.log(4), 0], rel=1e-4, abs=1e-6)
+    assert targets.logprobs[1].tolist() == pytest.approx(4 * [-math.log(4)] + 2 * [-math.inf])
+
+
+def test_entries_of_a_large_vocabulary_are_found_wherever_they_lie():
+    """Blocks whose maxima count, and columns behind the last whole block."""
+    vocab = 64 * 40 + 17
+    logits = peaky_logits(30, vocab)
+    logits[0, -3:], logits[1, 64:70], logits[2] = 90.0, 90.0, 1.5  # in the rest; many in one block; all alike
+    targets = from_logits(logits, torch.zeros(30, dtype=torch.long), 9, 1.0)
+    log_p = logits.double().log_softmax(-1)
+    torch.testing.assert_close(targets.logprobs.double(), log_p.topk(9).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(targets.logprobs.double(), log_p.gather(-1, targets.ids), rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == 9 for row in targets.ids.tolist())
+
+
+def test_pieces_of_rows_change_nothing(monkeypatch):
+    logits, gold, offsets = peaky_logits(11, 3000), torch.arange(11), draw_offsets("x", 11)
+    ways = (lambda: from_logits(logits, gold, 8, 1.5), lambda: drawn_from_logits(logits, gold, 20, 1.5, offsets))
+    whole = [way() for way in ways]
+    monkeypatch.setattr(targets_module, "PIECE_ELEMENTS", {"cpu": 4 * 3000 + 1})
+    for way, wanted in zip(ways, whole, strict=True):
+        for name in ("ids", "logprobs", "tail_logprob", "gold_logprob", "entropy"):
+            assert torch.equal(getattr(way(), name), getattr(wanted, name)), name
+    assert len(from_logits(logits[:0], gold[:0], 8, 1.0)) == 0
 
 
 def test_top_k_is_clipped_below_the_vocabulary():
