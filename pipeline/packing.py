@@ -33,6 +33,8 @@ SPARE = 4
 _BLOCK = 32
 # A Python number would make an expression double.
 _ZERO, _HALF, _ONE, _BEND, _FLOOR = (np.float32(x) for x in (0, 0.5, 1, 4, LOGPROB_FLOOR))
+_SLACK = np.float32(1e-3)
+"""How far from a whole number a share of the draws may be."""
 _SMALLEST = np.float32(2.0**-14)
 """Smallest normal f16."""
 _LOG2_E, _LN2_HIGH = np.float32(math.log2(math.e)), np.float32(0.693359375)  # n * _LN2_HIGH is exact
@@ -392,20 +394,24 @@ def finish_sets(
 # -- sampled: draws and their counts -----------------------------------------------------------------------
 
 
-@compiled
+@summing
 def _count(logprobs_TK: Any, t: Any, draws: Any, count_K: Any) -> Any:
     """Fill how often each entry was drawn; returns the number of distinct ids, 0 for a row that is not N draws."""
-    total: Any = 0
-    distinct: Any = 0
-    wrong, before = 0, draws
+    scale, excess, rise, total, drawn = np.float32(draws), _ZERO, np.int32(0), np.int32(0), np.int32(0)
     for k in range(count_K.shape[0]):
-        share = math.exp(float(logprobs_TK[t, k])) * draws
-        count = np.int64(share + 0.5) if share < 256.0 else 256  # NaN too
-        wrong += (abs(share - count) > 1e-3) | (count > before)
-        total += count
-        distinct += count > 0
-        count_K[k] = before = count
-    return distinct if wrong == 0 and total == draws else 0
+        drawn += np.int32(logprobs_TK[t, k] >= -_FLOOR)
+    stop = min((drawn + 15) & -16, count_K.shape[0])  # whole vectors; what was not drawn stands at the end
+    for k in range(stop):
+        share = _exp(min(-logprobs_TK[t, k], _FLOOR)) * scale
+        count_K[k] = np.int32(share + _HALF)
+        excess += max(abs(share - np.float32(count_K[k])) - _SLACK, _ZERO)
+    for k in range(stop):
+        total += count_K[k]
+    for k in range(1, stop):
+        rise += max(count_K[k] - count_K[k - 1], np.int32(0))
+    # A NaN makes the excess NaN, or a count that no sum of draws allows. Entries that were drawn must come first.
+    whole = excess <= 0 and rise == 0 and total == draws and count_K[drawn - 1] > 0
+    return drawn if drawn > 0 and whole else 0
 
 
 @compiled
@@ -416,7 +422,7 @@ def encode_draws(
     entry to its second by how much a count exceeds the one behind it, in unary. Behind the last is 1, the first is what
     is left of the draws. Returns the stream's bits, or minus what is wrong.
     """
-    bit, count_K = 0, np.empty(ids_TK.shape[1], np.int64)
+    bit, count_K = 0, np.empty(ids_TK.shape[1], np.int32)
     for t in range(ids_TK.shape[0]):
         distinct = _count(logprobs_TK, t, draws, count_K)
         if distinct == 0:

@@ -283,6 +283,14 @@ def test_draws_that_are_none_are_refused():
         encode(dataclasses.replace(targets, logprobs=targets.logprobs.flip(1)), Spec(50, draws=12))
     with pytest.raises(StoreError, match="not 12 draws"):
         encode(dataclasses.replace(targets, logprobs=targets.logprobs * math.nan), Spec(50, draws=12))
+    gap = torch.cat([targets.logprobs[:, :1], torch.full((5, 1), -math.inf), targets.logprobs[:, 1:]], dim=1)
+    with pytest.raises(StoreError, match="not 12 draws"):
+        encode(
+            dataclasses.replace(targets, ids=targets.ids[:, [0, *range(targets.top_k)]], logprobs=gap),
+            Spec(50, draws=12),
+        )
+    with pytest.raises(StoreError, match="not 12 draws"):
+        encode(dataclasses.replace(targets, logprobs=torch.full_like(targets.logprobs, -math.inf)), Spec(50, draws=12))
     with pytest.raises(StoreError, match="not 12 draws"):
         encode(dataclasses.replace(targets, sampled=False), Spec(50, draws=12))
     with pytest.raises(StoreError, match="do not fit a vocabulary of 9"):
