@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "errors config command_line data scene_world scene_brush scene_sprites scene_art scene_text scenes scoring "
     "tokenizer processor vision targets packing codecs storage shards records target_store sketches store_export "
-    "store losses fused_head models hf_folder leases teacher "
+    "store losses fused_head models hf_folder leases teacher_forward teacher "
     "hardness curriculum plan moe student engine_state checkpoint export metrics shipping batches step runtime train "
     "experts generate latency results evaluate report_plots report_data report demo"
 ).split()

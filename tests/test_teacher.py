@@ -21,7 +21,8 @@ from pipeline.processor import collate
 from pipeline.shards import shard_name
 from pipeline.store import main as inspect_store
 from pipeline.target_store import SoftTargetStore
-from pipeline.teacher import batch_outputs, expected_identity, main, run_pass
+from pipeline.teacher import expected_identity, main, run_pass
+from pipeline.teacher_forward import batch_outputs
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from pipeline.sketches import SketchStore, projection
 from pipeline.storage import LocalFolder, folder_at
 from pipeline.store import main as store_command
 from pipeline.target_store import SoftTargetStore
-from pipeline.teacher import batch_outputs, expected_identity, run_pass
+from pipeline.teacher import expected_identity, run_pass
+from pipeline.teacher_forward import batch_outputs
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,8 @@ from pipeline.runtime import start_distributed
 from pipeline.step import StepContext, run_step
 from pipeline.target_store import SoftTargetStore
 from pipeline.targets import concatenate
-from pipeline.teacher import batch_outputs, expected_identity, run_pass
+from pipeline.teacher import expected_identity, run_pass
+from pipeline.teacher_forward import batch_outputs
 from tools.bench_run import DEMO, Figures, make_model, make_run, ratios, rotated, table
 
 LABELS = {"sft": "plain SFT", "cached": "cached soft targets", "online": "online teacher"}

@@ -37,7 +37,8 @@ from pipeline.processor import IGNORED, Batch, Processor
 from pipeline.records import RecordWriter
 from pipeline.target_store import write_targets
 from pipeline.targets import SoftTargets
-from pipeline.teacher import WINDOW_BATCHES, EncodedWindows, Window, batch_outputs, expected_identity, run_pass
+from pipeline.teacher import WINDOW_BATCHES, EncodedWindows, Window, expected_identity, run_pass
+from pipeline.teacher_forward import batch_outputs
 from tools.bench_run import Figures, make_model, make_run, ratios, rotated, table
 
 LABELS = {
