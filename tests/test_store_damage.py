@@ -116,6 +116,7 @@ def test_the_undamaged_store_has_nothing_to_report(damaged):
     assert damaged.reports({}) == 0
 
 
+@pytest.mark.slow
 def test_flipped_bits(damaged):
     """750, spread evenly over the files: small ones and the few bytes of a header are hit too."""
     rng = random.Random(0)

@@ -246,6 +246,7 @@ def test_inspect_shows_the_answer_beside_its_targets(finished, capsys):
 # -- where and how -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_workers_share_a_pass_into_an_object_store(run, finished, tmp_path):
     with s3_bucket() as bucket:
         url = f"{bucket}/targets"
@@ -262,6 +263,7 @@ def test_workers_share_a_pass_into_an_object_store(run, finished, tmp_path):
         assert {n: remote.read(n) for n in remote.names()} == {n: local.read(n) for n in local.names()}
 
 
+@pytest.mark.slow
 def test_accelerate_launch_numbers_the_workers(run, finished, tmp_path):
     store = tmp_path / "store"
     command = [
