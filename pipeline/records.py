@@ -6,7 +6,7 @@ number made from it is returned.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -61,7 +61,9 @@ class RecordWriter:
             self.folder.create(_MANIFEST, sealed_json({"identity": identity}))
         refuse_differences(self.folder, read_identity(self.folder), identity)  # read back: another worker may be first
 
-    def plan(self, sample_ids: Sequence[str], shard_samples: int, dataset: str) -> dict[int, list[str]]:
+    def plan(
+        self, sample_ids: Sequence[str], shard_samples: int, dataset: str, whole: Collection[int] | None = None
+    ) -> dict[int, list[str]]:
         """Shards that hold these samples, committed or not: number -> sample ids in order.
 
         Samples that no shard will hold yet are spread over new ones, in their order. Workers that plan the same samples
@@ -70,9 +72,11 @@ class RecordWriter:
 
         Args:
             dataset: fingerprint of the data set that the samples are, for the record.
+            whole: shards that `committed` has found whole; None: looks again.
         """
+        available, whole = set(sample_ids), self.committed()[0] if whole is None else whole
         while True:
-            parts, whole, available = read_parts(self.folder), self.committed()[0], set(sample_ids)
+            parts = read_parts(self.folder)
             planned = dict(_numbered(parts))
             kept = {n: ids for n, ids in planned.items() if n in whole or available.issuperset(ids)}
             held = {sample_id for ids in kept.values() for sample_id in ids}

@@ -56,7 +56,8 @@ def merge(url: str | Path, sources: Sequence[str], shard_samples: int) -> int:
     holder = {i: store for store in reversed(stores) for i in store["targets"].sample_ids}
     ids = list(dict.fromkeys(i for store in stores for i in store["targets"].sample_ids))
     origin = [part["dataset"] for store in stores for part in read_parts(store["targets"].folder)]
-    planned, committed = writer.plan(ids, shard_samples, ", ".join(dict.fromkeys(origin))), writer.committed()[0]
+    committed = writer.committed()[0]
+    planned = writer.plan(ids, shard_samples, ", ".join(dict.fromkeys(origin)), committed)
     todo = {shard: planned[shard] for shard in planned if shard not in committed}
     for shard, members in tqdm(todo.items(), desc="merge", unit="shard", disable=None):
         for kind in reversed(writer.kinds):  # the soft targets last, as the teacher does

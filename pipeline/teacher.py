@@ -139,8 +139,8 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
     writer = RecordWriter(recipe.store_url, expected_identity(recipe, processor))
     by_id = {sample.sample_id: sample for sample in samples}
-    planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples))
     committed, damaged = writer.committed()
+    planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
     for problem in damaged:
         print(f"rebuilding: {problem}")
     clear_leases(writer.folder, committed)
