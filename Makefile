@@ -1,10 +1,15 @@
-# make demo: the whole pipeline on its embedded data.  make test: all tests.  Both install what they need into .venv first.
+# make demo: the whole pipeline on its embedded data.  make ablation: the tables of docs/RESULTS.md.  make test: all tests.
+# Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 CPU_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(abspath $(VENV))/bin:$$PATH"
 
-.PHONY: install demo reproduce test test-fast check lint clean
+# of make ablation: cells at once; the split that is scored
+JOBS ?= 1
+SPLIT ?= test
+
+.PHONY: install demo reproduce ablation test test-fast check soak lint clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +27,10 @@ demo: install
 reproduce: install
 	$(PY) -m pipeline.demo --config pipeline/recipes/reproduce.yaml
 
+# Settings are chosen with SPLIT=val; the test split is scored once per row and seed.
+ablation: install
+	$(PY) -m tools.ablation --config pipeline/recipes/ablation.yaml --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
+
 test: check
 
 check: lint
@@ -29,6 +38,10 @@ check: lint
 
 test-fast: install
 	$(CPU_ENV) $(PY) -m pytest -q -m "not slow"
+
+# 30 random faults on a Slurm of this machine's own (root, and Debian's packages for it: see .ci/run).
+soak: install
+	$(CPU_ENV) PYTHONPATH=. $(PY) tests/slurm_soak.py
 
 lint: install
 	$(VENV)/bin/ruff check .

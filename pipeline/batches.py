@@ -4,7 +4,7 @@ Shapes: B samples, S sequence, N answer tokens of the micro-batch (all samples, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from torch.utils.data import Dataset
 from pipeline.config import DataConfig
 from pipeline.data import Sample
 from pipeline.errors import StoreError
+from pipeline.features import FeatureTargets, find_places, join_sketches
 from pipeline.processor import Encoded, Processor, collate
 from pipeline.shipping import loaded
+from pipeline.sketches import CELLS, SketchStore
 from pipeline.target_store import SoftTargetStore
 from pipeline.targets import SoftTargets, concatenate
 from pipeline.vision import CellWords
@@ -27,10 +29,12 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw",
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one rank reads for one micro-batch: table indices [B] and the share of the KL term of each [B]."""
+    """What one rank reads for one micro-batch: table indices [B] and the shares of the KL and feature terms of each."""
 
     index_B: NDArray[np.int64]
     alpha_B: NDArray[np.float32]
+    feature_alpha_B: NDArray[np.float32] | None = None
+    """None: a job without features."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,10 @@ class MicroBatch:
     targets: SoftTargets | None
     cells_CV: Tensor | None
     """Words that image tokens shall name, see `vision`; None without word alignment."""
+    targets_read: int = 0
+    """Samples whose soft targets were read from the store."""
+    features: FeatureTargets | None = None
+    """None: a job without features. Without rows once all samples' features are released."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
         """Move to a device, without waiting where the memory is pinned; pixel values become the model's dtype."""
@@ -70,8 +78,21 @@ class MicroBatch:
             inputs={k: change(v) for k, v in self.inputs.items()},
             targets=None if self.targets is None else self.targets.each(change),
             cells_CV=None if self.cells_CV is None else change(self.cells_CV),
+            targets_read=self.targets_read,
+            features=None if self.features is None else self.features.each(change),
             **changed,
         )
+
+
+def by_length(samples: Sequence[Sample], index_G: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places of a step's samples, short ones first: number of images, then characters; equals keep their order.
+
+    Ranks take strides of it, so that a micro-step's samples are alike in length on all ranks: less padding, and less
+    waiting for each other. Which samples a step has stays as planned, and the loss is one sum over them.
+    """
+    chosen = [samples[i] for i in index_G]
+    characters = [len(sample.prompt) + len(sample.answer) for sample in chosen]
+    return np.lexsort((characters, [len(sample.images) for sample in chosen]))
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -84,9 +105,10 @@ class MicroBatches(Dataset[MicroBatch]):
         store: SoftTargetStore | None,
         requests: Sequence[Request],
         cells: CellWords | None,
+        sketches: SketchStore | None = None,
     ) -> None:
         self.samples, self.processor, self.store, self.requests = samples, processor, store, requests
-        self.cells = cells
+        self.cells, self.sketches = cells, sketches
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -99,7 +121,11 @@ class MicroBatches(Dataset[MicroBatch]):
         if self.cells is not None:
             pairs = zip(request.index_B, encoded, strict=True)
             cells_CV = torch.cat([self.cells.targets(self.samples[i], e.image_grid_thw) for i, e in pairs])
-        return assemble(request, encoded, dict(batch), self.store, cells_CV)
+        micro = assemble(request, encoded, dict(batch), self.store, cells_CV)
+        if self.sketches is None or request.feature_alpha_B is None:
+            return micro
+        merge_size = self.processor.image_processor.merge_size
+        return with_features(micro, self.sketches, request.feature_alpha_B, merge_size)
 
 
 def assemble(
@@ -119,6 +145,7 @@ def assemble(
     sample_N = rows_BW.nonzero()[:, 0]
     alpha_B = torch.from_numpy(request.alpha_B)
     counts = [int(c) for c in rows_BW.sum(1)]
+    targets, targets_read = _join_targets(request, encoded, counts, store)
     return MicroBatch(
         request=request,
         sample_ids=tuple(e.sample_id for e in encoded),
@@ -128,18 +155,19 @@ def assemble(
         labels_N=next_BS[:, keep][rows_BW],
         sample_N=sample_N,
         alpha_N=alpha_B[sample_N],
-        targets=_join_targets(request, encoded, counts, store),
+        targets=targets,
         cells_CV=cells_CV,
+        targets_read=targets_read,
     )
 
 
 def _join_targets(
     request: Request, encoded: Sequence[Encoded], counts: list[int], store: SoftTargetStore | None
-) -> SoftTargets | None:
-    """Stored rows of the samples still distilled; released samples are not read and get inert rows."""
+) -> tuple[SoftTargets | None, int]:
+    """Stored rows of the samples still distilled, and how many these are; the released are not read: inert rows."""
     wanted = request.alpha_B > 0
     if store is None or not wanted.any():
-        return None
+        return None, 0
     distilled = [place for place, is_wanted in enumerate(wanted) if is_wanted]
     stored, rows = store.read_joined([encoded[place].sample_id for place in distilled])
     for place, tokens in zip(distilled, rows, strict=True):
@@ -149,9 +177,30 @@ def _join_targets(
                 f"{counts[place]}. Make the store again with `python -m pipeline.teacher`."
             )
     if len(distilled) == len(encoded):
-        return stored
+        return stored, len(distilled)
     parts = iter(stored.split(rows))
-    return concatenate([next(parts) if w else _inert(count, stored) for w, count in zip(wanted, counts, strict=True)])
+    joined = [next(parts) if w else _inert(count, stored) for w, count in zip(wanted, counts, strict=True)]
+    return concatenate(joined), len(distilled)
+
+
+def with_features(
+    micro: MicroBatch, store: SketchStore, feature_alpha_B: NDArray[np.float32], merge_size: int
+) -> MicroBatch:
+    """Join the sketches of the samples with alpha > 0; the store is not read for the others.
+
+    Args:
+        merge_size: side of the square of patches that makes an image token.
+
+    Raises:
+        StoreError: a sample has no sketch, or one of other images or tokens.
+    """
+    alpha_B = torch.from_numpy(feature_alpha_B)
+    wanted = alpha_B.nonzero()[:, 0].tolist()
+    sample_N, kept_N = micro.rows_BW.nonzero(as_tuple=True)
+    types_BS, grids_thw = micro.inputs["mm_token_type_ids"], micro.inputs["image_grid_thw"]
+    places = find_places(types_BS, grids_thw, merge_size, sample_N, micro.keep[kept_N], wanted)
+    count = CELLS**2 * len(grids_thw) + len(micro.labels_N)
+    return replace(micro, features=join_sketches(store, micro.sample_ids, alpha_B, places, count))
 
 
 def _inert(count: int, like: SoftTargets) -> SoftTargets:

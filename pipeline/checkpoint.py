@@ -4,11 +4,13 @@
                          optimizer-00001.safetensors   moments, as `exp_avg/NAME`
                          arrays.safetensors            the caller's arrays
                          state.json                    step, the caller's state, optimizer kind and step count
+                         template/                     configuration, tokenizer, ...: what an export also needs
                          manifest.json                 size and xxh3 of each file above
     <root>/latest                                      name of the newest complete folder, written last
 
 A folder appears under its name only when complete and on disk (temporary folder, fsync, rename); a crash, a
-full disk or a power cut leaves the previous checkpoint as it was. No pickle: safetensors and JSON only.
+full disk or a power cut leaves the previous checkpoint as it was. No pickle: safetensors, JSON and text only.
+A folder holds all that an export needs, so it may be copied away alone.
 """
 
 import json
@@ -17,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +37,23 @@ from pipeline.engine_state import full_parameters
 from pipeline.errors import CheckpointError
 from pipeline.hf_folder import TensorFiles
 
-__all__ = ["Loaded", "full_parameters", "latest", "load", "read_meta", "read_parameters", "save", "verify"]
+__all__ = [
+    "Loaded",
+    "find",
+    "full_parameters",
+    "latest",
+    "load",
+    "parameter_names",
+    "read_meta",
+    "read_parameters",
+    "read_template",
+    "save",
+    "verify",
+]
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
+Template = Mapping[str, bytes]
+"""Small files by name."""
 
 FORMAT = 1
 SHARD_BYTES = 2 << 30
@@ -44,6 +61,8 @@ LATEST = "latest"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 ARRAYS = "arrays.safetensors"
+TEMPLATE = "template"
+WRITING, REMOVING = ".writing-", ".removing-"
 _NAME = re.compile(r"step-(\d+)(?:-(\d+))?")
 
 
@@ -56,7 +75,15 @@ class Loaded:
     arrays: dict[str, np.ndarray[Any, Any]]
 
 
-def save(engine: Any, root: Path, step: int, state: Mapping[str, Any], arrays: Arrays, keep: int) -> Path:
+def save(
+    engine: Any,
+    root: Path,
+    step: int,
+    state: Mapping[str, Any],
+    arrays: Arrays,
+    keep: int,
+    template: Template | None = None,
+) -> Path:
     """Write a checkpoint and remove all but the newest `keep`. Collective: every rank calls it.
 
     Args:
@@ -66,6 +93,7 @@ def save(engine: Any, root: Path, step: int, state: Mapping[str, Any], arrays: A
         state: JSON-able; rank 0's is stored.
         arrays: numeric arrays; rank 0's are stored.
         keep: complete checkpoints to keep, this one included; at least 1.
+        template: files that an export needs besides weights; rank 0's are stored.
 
     Returns:
         The new folder.
@@ -83,7 +111,8 @@ def save(engine: Any, root: Path, step: int, state: Mapping[str, Any], arrays: A
             "kind": engine_state.optimizer_kind(engine),
             "steps": engine_state.optimizer_steps(engine),
         }
-        writer.finish({"format": FORMAT, "step": step, "optimizer": optimizer, "state": dict(state)}, arrays, keep)
+        meta = {"format": FORMAT, "step": step, "optimizer": optimizer, "state": dict(state)}
+        writer.finish(meta, arrays, template or {}, keep)
     return Path(_agree(str(writer.final) if writer else "", writer.error if writer else None))
 
 
@@ -125,16 +154,43 @@ def latest(root: Path) -> Path | None:
     return folder
 
 
+def find(path: Path) -> Path:
+    """The checkpoint folder that a path means: `step-...` itself, else the newest of a `checkpoints` or a job folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    newest = latest(path) or latest(path / "checkpoints")
+    if newest is None:
+        raise CheckpointError(
+            f"{path}: no checkpoint: neither a folder `step-...` with a {MANIFEST}, nor a job's folder, nor its "
+            "`checkpoints`. Nothing was written."
+        )
+    return newest
+
+
 def verify(folder: Path) -> None:
     """Check every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: names the first file that is missing, of another size or of other content.
+        CheckpointError: names the first file that is missing, of another size, of other content, or not listed.
     """
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{folder}: format {manifest.get('format')!r}, this version reads {FORMAT}.")
-    for name, expected in manifest["files"].items():
+    listed = manifest.get("files")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{folder / MANIFEST}: damaged: it lists no files. {_advice(folder)}")
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    unlisted = sorted(there - listed.keys() - {MANIFEST})
+    if unlisted:  # another shard would be read beside the listed ones
+        raise CheckpointError(
+            f"{folder / unlisted[0]}: not written with this checkpoint ({MANIFEST} does not list it). Remove it "
+            "if you know where it came from. Nothing was changed."
+        )
+    for name, expected in listed.items():
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing. {_advice(folder)}")
@@ -144,10 +200,28 @@ def verify(folder: Path) -> None:
 
 
 def read_parameters(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, fp32 tensor) of every parameter in a checkpoint folder. No engine needed."""
+    """(Hugging Face name, fp32 tensor) of every parameter in a checkpoint folder. No engine needed.
+
+    One tensor at a time: a tensor of its own, no view on a mapped file, which would keep the whole shard resident.
+    """
+    for path in _shards(folder, "model"):
+        with TensorFiles([path]) as tensors:
+            names = list(tensors)
+        for name in names:
+            with TensorFiles([path]) as tensors:
+                tensor = tensors[name].clone()
+            yield name, tensor
+
+
+def parameter_names(folder: Path) -> set[str]:
+    """Hugging Face names of the parameters in a checkpoint folder."""
     with _tensors(folder, "model") as tensors:
-        for name in tensors:
-            yield name, tensors[name]
+        return set(tensors)
+
+
+def read_template(folder: Path) -> dict[str, bytes]:
+    """The files that an export needs besides weights, as `save` got them; empty when it got none."""
+    return {path.name: path.read_bytes() for path in sorted((folder / TEMPLATE).glob("*"))}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -189,7 +263,11 @@ def _restore(engine: Any, folder: Path, meta: Mapping[str, Any]) -> None:
 
 
 def _tensors(folder: Path, prefix: str) -> TensorFiles:
-    return TensorFiles(folder.glob(f"{prefix}-*.safetensors"))
+    return TensorFiles(_shards(folder, prefix))
+
+
+def _shards(folder: Path, prefix: str) -> list[Path]:
+    return sorted(folder.glob(f"{prefix}-*.safetensors"))
 
 
 def _check_fit(folder: Path, tensors: TensorFiles, wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -225,12 +303,12 @@ class _Writer:
 
     def __post_init__(self) -> None:
         self.final = _free_name(self.root, self.step)
-        self._temp = self.root / f".writing-{self.final.name}"
+        self._temp = self.root / f"{WRITING}{self.final.name}"
         self._try(self._prepare)
 
     def _prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in self.root.glob(".writing-*"):  # of a run that was killed
+        for stale in (*self.root.glob(f"{WRITING}*"), *self.root.glob(f"{REMOVING}*")):  # of a run that was killed
             shutil.rmtree(stale)
         self._temp.mkdir()
 
@@ -244,10 +322,11 @@ class _Writer:
         if self._bytes >= SHARD_BYTES:
             self._flush()
 
-    def finish(self, meta: dict[str, Any], arrays: Arrays, keep: int) -> None:
+    def finish(self, meta: dict[str, Any], arrays: Arrays, template: Template, keep: int) -> None:
         """Write the rest, make everything durable, switch `latest` over, prune."""
         self._flush()
-        self._try(lambda: self._commit(meta, arrays))
+        self._try(lambda: self._write_rest(meta, arrays, template))
+        self._try(self._commit)
         if self.error is None:
             self._try(lambda: _prune(self.root, keep))
         else:
@@ -260,11 +339,20 @@ class _Writer:
             path = self._temp / f"{self._prefix}-{self._count:05d}.safetensors"
             self._try(lambda: self._write(path, lambda: save_file(pending, path)))
 
-    def _commit(self, meta: dict[str, Any], arrays: Arrays) -> None:
+    def _write_rest(self, meta: dict[str, Any], arrays: Arrays, template: Template) -> None:
         if arrays:
             contiguous = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
             self._write(self._temp / ARRAYS, lambda: save_arrays(contiguous, self._temp / ARRAYS))
         self._write(self._temp / STATE, lambda: (self._temp / STATE).write_text(json.dumps(meta)))
+        if template:
+            (self._temp / TEMPLATE).mkdir()
+        for name, content in template.items():
+            path = self._temp / TEMPLATE / name
+            self._write(path, partial(path.write_bytes, content))
+        if template:
+            _fsync(self._temp / TEMPLATE)
+
+    def _commit(self) -> None:
         (self._temp / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": self._files}, indent=1))
         _fsync(self._temp / MANIFEST)
         _fsync(self._temp)
@@ -279,7 +367,7 @@ class _Writer:
     def _write(self, path: Path, write: Callable[[], object]) -> None:
         write()
         _fsync(path)
-        self._files[path.name] = _fingerprint(path)
+        self._files[path.relative_to(self._temp).as_posix()] = _fingerprint(path)
 
     def _try(self, action: Callable[[], object]) -> None:
         if self.error is not None:
@@ -316,7 +404,9 @@ def _prune(root: Path, keep: int) -> None:
     current = latest(root)
     older = [path for path in _complete(root) if path != current]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        shutil.rmtree(path)
+        # Renamed first: a kill half-way must not leave a part of a checkpoint under a checkpoint's name.
+        dying = path.rename(root / f"{REMOVING}{path.name}")
+        shutil.rmtree(dying)
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -338,6 +428,8 @@ def _fsync(path: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. {_advice(path.parent)}") from None
     return content

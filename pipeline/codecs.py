@@ -21,6 +21,8 @@ from pipeline.targets import SoftTargets, clipped_top_k, drawn_from_logits, from
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+_END = np.dtype((np.void, 2 * packing.FLOATS))
+"""The last bytes of a record of the top K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +147,13 @@ def encode_compact(targets: SoftTargets, spec: Spec) -> Bytes:
         StoreError: as `encode_packed`.
     """
     ids_TK, logprobs_TK, tail_T, floats_T5 = _arrays(targets, spec)
-    keys_TK = np.empty(ids_TK.shape, np.uint32)
-    found = packing.codes_of_sets(ids_TK, logprobs_TK, tail_T, spec.vocab_size, spec.bits, keys_TK, floats_T5)
+    keys_TK2 = _keys(len(targets), spec)
+    found = packing.codes_of_sets(ids_TK, logprobs_TK, tail_T, spec.vocab_size, spec.bits, keys_TK2, floats_T5)
     _refuse(found, ids_TK, spec)
-    keys_TK.sort(axis=1)  # numpy's sort of short rows uses vectors
+    keys_TK2[:, : spec.top_k].sort(axis=1)  # numpy's sort of short rows uses vectors
     records_TW = np.empty((len(targets), compact_bytes(spec)), np.uint8)
-    packing.encode_sets(keys_TK, low_bits(spec), spec.bits, records_TW)
+    low = low_bits(spec)
+    packing.encode_sets(keys_TK2, spec.top_k, low, spec.bits, _highest(spec, low), records_TW)
     return _with_floats(records_TW, floats_T5)
 
 
@@ -163,11 +166,16 @@ def decode_compact(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
     records_TW = _records(raw, tokens, compact_bytes(spec), spec)
     floats_T5, ids_TK, logprobs_TK, tail_T = _room(records_TW, spec)
     low, width = low_bits(spec), id_bits(spec.vocab_size)
-    keys_TK = np.empty(ids_TK.shape, np.uint32)
-    packing.decode_sets(records_TW, low, spec.bits, width, _highest(spec, low), keys_TK)
-    keys_TK.sort(axis=1)
-    packing.finish_sets(keys_TK, floats_T5, spec.bits, width, ids_TK, logprobs_TK, tail_T)
+    keys_TK2 = _keys(tokens, spec)
+    packing.decode_sets(records_TW, spec.top_k, low, spec.bits, width, _highest(spec, low), keys_TK2)
+    keys_TK2[:, : spec.top_k].sort(axis=1)
+    packing.finish_sets(keys_TK2, floats_T5, spec.bits, width, ids_TK, logprobs_TK, tail_T)
     return _targets(ids_TK, logprobs_TK, tail_T, floats_T5)
+
+
+def _keys(tokens: int, spec: Spec) -> NDArray[np.uint32]:
+    """Room for K keys a token, in rows of even length."""
+    return np.empty((tokens, spec.top_k + spec.top_k % 2), np.uint32)
 
 
 # -- what the two have in common ---------------------------------------------------------------------------
@@ -197,9 +205,11 @@ def _matrices(targets: SoftTargets) -> tuple[NDArray[np.int64], Floats]:
 
 def _fill_singles(targets: SoftTargets, singles_T2: Floats) -> None:
     """Gold log-prob and entropy."""
-    singles_T2[:, 0], singles_T2[:, 1] = targets.gold_logprob.cpu().numpy(), targets.entropy.cpu().numpy()
-    if np.isnan(singles_T2).any():
-        raise StoreError("a gold log-probability or an entropy is NaN")
+    for column, single in enumerate((targets.gold_logprob, targets.entropy)):
+        single_T = single.cpu().numpy()
+        if np.isnan(single_T.min(initial=0.0)):  # a NaN is the minimum
+            raise StoreError("a gold log-probability or an entropy is NaN")
+        singles_T2[:, column] = single_T
 
 
 def _refuse(found: int, ids: NDArray[np.int64], spec: Spec) -> None:
@@ -216,13 +226,18 @@ def _as_f16(floats: Floats) -> Bytes:
 
 def _from_f16(raw: Bytes) -> Floats:
     """Inverse of `_as_f16`, of the last axis."""
-    floats: Floats = torch.from_numpy(raw.copy().view(np.float16)).float().numpy()
+    floats: Floats = torch.from_numpy(raw.view(np.float16)).float().numpy()
     return floats
 
 
 def _with_floats(records_TW: Bytes, floats_T5: Floats) -> Bytes:
-    records_TW[:, -2 * packing.FLOATS :] = _as_f16(floats_T5)
+    _ends(records_TW)[:] = _as_f16(floats_T5).view(_END)
     return records_TW.reshape(-1)
+
+
+def _ends(records_TW: Bytes) -> NDArray[np.void]:
+    """The records' floats, each record's as one item: numpy copies these twice as fast as so many bytes."""
+    return records_TW[:, -_END.itemsize :].view(_END)
 
 
 def _records(raw: Bytes, tokens: int, width: int, spec: Spec) -> Bytes:
@@ -235,7 +250,7 @@ def _room(records_TW: Bytes, spec: Spec) -> tuple[Floats, NDArray[np.int64], Flo
     """The records' floats, and arrays for ids, log-probs and tail."""
     tokens, shape = len(records_TW), (len(records_TW), spec.top_k)
     return (
-        _from_f16(records_TW[:, -2 * packing.FLOATS :]),
+        _from_f16(_ends(records_TW).copy().view(np.uint8)),
         np.empty(shape, np.int64),
         np.empty(shape, np.float32),
         np.empty(tokens, np.float32),
@@ -289,7 +304,7 @@ def decode_sampled(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
     used = packing.decode_draws(stream, distinct_T, draws, width, log_share_N1, ids_TK, logprobs_TK)
     if (used + 7) // 8 != raw.size - 5 * tokens:
         raise problem
-    singles_T2 = _from_f16(raw[tokens : 5 * tokens].reshape(tokens, 4))
+    singles_T2 = _from_f16(raw[tokens : 5 * tokens].copy().reshape(tokens, 4))
     gold_T, entropy_T = torch.from_numpy(singles_T2).unbind(dim=1)
     ids, shares = torch.from_numpy(ids_TK), torch.from_numpy(logprobs_TK)
     return SoftTargets(ids, shares, torch.full((tokens,), float("-inf")), gold_T, entropy_T, sampled=True)

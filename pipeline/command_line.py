@@ -64,7 +64,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = raw.pop("extends", None)
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: `extends` names another recipe's file, got {base!r}")
-    return _merge(_read_yaml(path.parent / base, (*seen, path.resolve())), raw) if base else raw
+    return merge(_read_yaml(path.parent / base, (*seen, path.resolve())), raw) if base else raw
 
 
 def _parse_yaml(text: str | bytes, where: str) -> Any:
@@ -74,11 +74,12 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
         raise ConfigError(f"{where}: not valid YAML: {error}. Nothing was changed.") from None
 
 
-def _merge(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `top`'s values in their place, key by key at every level."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

@@ -18,6 +18,7 @@ def _no_truth_value(value: Any) -> Any:
 Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1.0)]
 PositiveFraction = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
 PositiveFloat = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
 Positive = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_no_truth_value)]
@@ -146,8 +147,14 @@ class UpcycleConfig(Section):
     """Experts per token. 1 is refused: with renormalised weights it gives the router no task gradient."""
     every: Positive = 2
     """Every n-th decoder layer becomes an MoE layer (the 2nd, 4th, ... for 2)."""
+    layers: tuple[Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)], ...] | None = None
+    """The decoder layers, from 0, that become MoE layers; in place of `every`."""
     expert_width: PositiveFraction = 1.0
-    """Width of an expert as a share of the dense MLP's; below 1: fine-grained, columns drawn per expert."""
+    """Width of an expert as a share of the dense MLP's: 1, 1/2, 1/3, ... Below 1 the MLP is cut into that many
+    fine-grained experts, and `experts` and `top_k` are multiples of their number."""
+    shared_expert: PositiveFraction | None = None
+    """Share of the dense MLP that every token passes, where the architecture has a shared expert (qwen2_moe: None means
+    0.5); the routed experts are made from the rest."""
     router_noise: NonNegative = 0.02
     """Standard deviation of the router's initial weights."""
     expert_noise: NonNegative = 0.02
@@ -221,6 +228,29 @@ class TargetsConfig(Section):
     """Samples per teacher forward."""
 
 
+class AdaptiveConfig(Section):
+    """How `release: adaptive` measures the gap between the student's and the teacher's cross-entropy."""
+
+    samples: Positive = 64
+    """Training samples that are held out for it: the job never trains on them. Which ones is drawn by `run.seed`."""
+    every: PositiveFraction = 0.05
+    """Share of training between two measurements; a measurement is a forward of all held-out samples."""
+    ema: Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, lt=1.0)] = 0.5
+    """Weight of the past in the gap's running mean."""
+
+
+class FeatureConfig(Section):
+    """Distillation of hidden states against the store's sketches (METHOD sections 3, 6 and 7)."""
+
+    student_layer: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
+    """Hidden states that this decoder layer of the student reads, from 0; the number of layers means those that the LM
+    head reads. The teacher's layer is `targets.sketches.layer`."""
+    weight: NonNegative = 1.0
+    """l_f: weight of the feature term; 0 is the same as no `features`."""
+    release_to: Fraction = 0.6
+    """t1 of features: share of training at which their release ends."""
+
+
 class DistillConfig(Section):
     """What the teacher adds to the loss (METHOD section 7). Absent: plain SFT."""
 
@@ -228,8 +258,11 @@ class DistillConfig(Section):
     """a0: share of the KL term before release."""
     alpha_end: Fraction = 0.0
     """a1: share of the KL term after release."""
-    release: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the release; `constant` keeps alpha_start (vanilla KD)."""
+    release: Literal["cosine", "linear", "step", "constant", "adaptive"] = "cosine"
+    """Shape of the release; `step` falls in four equal steps, `constant` keeps alpha_start (vanilla KD), `adaptive`
+    follows the share of the gap to the teacher that is still open on held-out samples."""
+    adaptive: AdaptiveConfig = AdaptiveConfig()
+    """Settings of `release: adaptive`."""
     release_from: Fraction = 0.2
     """t0: share of training at which release begins."""
     release_to: Fraction = 0.9
@@ -240,14 +273,40 @@ class DistillConfig(Section):
     """rho: do not chase tokens that the teacher itself gets wrong."""
     gate_scale: PositiveFloat = 1.0
     """s in nats: softness of the gate."""
-    token_tilt: NonNegative = 1.0
-    """Size of beta on tokens: 0 turns the token granularity of H2G off."""
+    token_tilt: Number = 1.0
+    """Size of beta on tokens (and feature rows): 0 turns the token granularity of H2G off, below 0 hard
+    ones come first."""
+    features: FeatureConfig | None = None
+    """Also distil hidden states; needs `targets.sketches`. Absent: logits alone."""
 
     @model_validator(mode="after")
     def _release_runs_forwards(self) -> Self:
         if self.release_to < self.release_from:
             raise ValueError(f"release_to {self.release_to} lies before release_from {self.release_from}")
+        if self.features is not None and self.features.release_to < self.release_from:
+            raise ValueError(
+                f"features.release_to {self.features.release_to} lies before release_from {self.release_from}"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _adaptive_settings_are_used(self) -> Self:
+        if self.release != "adaptive" and self.adaptive != AdaptiveConfig():
+            raise ValueError(
+                f"adaptive is set, but release is {self.release!r}; say `release: adaptive`, or leave it out"
+            )
+        return self
+
+    @property
+    def active_features(self) -> FeatureConfig | None:
+        """`features`, unless their weight is 0."""
+        return self.features if self.features is not None and self.features.weight > 0 else None
+
+    @property
+    def feature_release(self) -> "DistillConfig":
+        """The release of features: as that of the KL term, but until their own `release_to`."""
+        assert self.features is not None
+        return self.model_copy(update={"release_to": self.features.release_to})
 
 
 class CurriculumConfig(Section):
@@ -257,8 +316,8 @@ class CurriculumConfig(Section):
     """c0: share of samples eligible at the start, easiest first."""
     competence_until: PositiveFraction = 0.5
     """tau_g: share of training at which all samples are eligible."""
-    tilt: NonNegative = 1.0
-    """Size of beta on samples: 0 draws eligible samples uniformly."""
+    tilt: Number = 1.0
+    """Size of beta on samples: 0 draws eligible samples uniformly, below 0 the hard ones are preferred first."""
     window_steps: Positive = 50
     """R: optimizer steps per planned window."""
     stratum_floor: Fraction = 0.5
@@ -268,10 +327,14 @@ class CurriculumConfig(Section):
 class HardnessConfig(Section):
     """Instance hardness (METHOD section 4)."""
 
+    table: Path | None = None
+    """Table to start from, as `python -m pipeline.hardness --student` writes it; None: `<run.dir>/hardness.parquet`."""
     dynamic: bool = True
     """Update the table from the losses of every visit; False keeps the prior."""
     ema: Fraction = 0.7
     """mu: weight of the past in D_i."""
+    gate: bool = True
+    """Count a token little where the teacher itself is wrong by more than 2 `gate_scale`. Needs `distill.gate`."""
     tail_weight: Fraction = 0.5
     """k: weight of the hardest tokens' mean against the plain mean."""
     tail_share: PositiveFraction = 0.2
@@ -287,6 +350,29 @@ class RouterConfig(Section):
     """l_b: weight of the load-balance loss."""
     z: NonNegative = 1e-3
     """l_z: weight of the router z-loss."""
+
+
+class NativeMoeConfig(Section):
+    """DeepSpeed's own MoE layer, for jobs with `moe_layer: native`. As it stands it drops nothing, like AutoEP."""
+
+    drop_tokens: bool = False
+    """Let an expert take at most its capacity of each rank's tokens; the least probable routes go first."""
+    capacity_factor: PositiveFloat = 1.25
+    """Capacity in training, as a multiple of an expert's even share: tokens x experts per token / experts."""
+    eval_capacity_factor: PositiveFloat = 2.0
+    """The same in evaluation."""
+    min_capacity: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)] = 0
+    """Smallest capacity in tokens; 0 suits decoding, where a rank brings one token per sample."""
+    use_rts: bool = False
+    """Random token selection: drop routes at random in training, instead of the least probable ones."""
+    use_residual: bool = False
+    """Residual MoE (PR-MoE): an MLP beside the experts. No Hugging Face layout holds it: such a job is not exported."""
+
+    @model_validator(mode="after")
+    def _selection_needs_dropping(self) -> Self:
+        if self.use_rts and not self.drop_tokens:
+            raise ValueError("use_rts chooses the tokens that are dropped; it needs drop_tokens: true")
+        return self
 
 
 class JobConfig(Section):
@@ -328,12 +414,23 @@ class JobConfig(Section):
     """How the hardness table follows training."""
     router: RouterConfig = RouterConfig()
     """Losses of the MoE routers."""
+    moe_layer: Literal["autoep", "native"] = "autoep"
+    """DeepSpeed's layer for experts: AutoEP, or `deepspeed.moe.layer.MoE` (drops tokens, has no ZeRO-3). How many ranks
+    share a layer's experts is `expert_parallel.autoep_size` of the DeepSpeed JSON for both."""
+    native_moe: NativeMoeConfig = NativeMoeConfig()
+    """Settings of `moe_layer: native`."""
     checkpoint_every: Positive = 100
     """Steps between checkpoints."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints kept."""
     log_every: Positive = 5
     """Steps between metric lines."""
+
+    @model_validator(mode="after")
+    def _native_settings_are_used(self) -> Self:
+        if self.moe_layer != "native" and self.native_moe != NativeMoeConfig():
+            raise ValueError("native_moe is set, but moe_layer is not native; say `moe_layer: native`, or leave it out")
+        return self
 
 
 class EvaluationRow(Section):
@@ -388,6 +485,11 @@ class Recipe(Section):
                 problems.append(
                     f"jobs.{name}: global_batch_size {job.global_batch_size} is not a multiple of "
                     f"micro_batch_size {job.micro_batch_size}"
+                )
+            if job.distill and job.distill.active_features and self.targets.sketches is None:
+                problems.append(
+                    f"jobs.{name}.distill.features: the store keeps no feature sketches. Set targets.sketches, as in "
+                    "`targets.sketches: {layer: 6}`, and run the teacher pass again; or leave `features` out"
                 )
         for name, model in self.models.items():
             if model.upcycle and not 2 <= model.upcycle.top_k <= model.upcycle.experts:

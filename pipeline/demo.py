@@ -97,8 +97,8 @@ def _run_together(stage: Stage) -> tuple[int, tuple[str, ...]] | None:
     """Run the stage's commands to their end; status and command of the first that failed, after which the rest end."""
     running = {}
     for number, command in enumerate(stage.commands):
-        environment = _environment(stage.processes) | (_one_of_many(number) if len(stage.commands) > 1 else {})
-        running[subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)] = command
+        variables = environment(stage.processes) | (_one_of_many(number) if len(stage.commands) > 1 else {})
+        running[subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)] = command
     failed = None
     try:
         while running:
@@ -145,7 +145,7 @@ class _Durations:
         os.replace(temporary, self.path)
 
 
-def _environment(processes: int) -> dict[str, str]:
+def environment(processes: int) -> dict[str, str]:
     """This machine's cores shared by the processes and CPU collectives, unless the caller chose otherwise."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
@@ -162,7 +162,7 @@ def _path() -> str:
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A stage whose parent is killed gets SIGTERM (training then checkpoints), so that no two runs overlap."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

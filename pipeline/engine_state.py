@@ -1,15 +1,16 @@
 """A DeepSpeed engine's parameters and optimizer moments as whole tensors under their Hugging Face names.
 
-ZeRO cuts every tensor over the ranks, and AutoEP renames and splits experts. This module undoes both on the
-way out and redoes them on the way in, so that what is stored depends on neither the number of ranks nor the
-ZeRO stage. Everything that touches DeepSpeed's internals is in the last section, because its public `safe_*`
-functions cannot create optimizer state before the first step, set uneven ZeRO-3 partitions or publish
+ZeRO cuts every tensor over the ranks, and DeepSpeed's MoE layers rename and split experts. This module undoes both on
+the way out and redoes them on the way in, so that what is stored depends on neither the number of ranks, nor the ZeRO
+stage, nor the kind of MoE layer. Everything that touches DeepSpeed's internals is in the last section, because its
+public `safe_*` functions cannot create optimizer state before the first step, set uneven ZeRO-3 partitions or publish
 masters to the model.
 
 Works for ZeRO stages 0 to 3, fp32 or bf16 weights, frozen parameters, torch's AdamW and SGD without momentum.
 Optimizer state offloaded to NVMe is not supported.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.moe import converted_layers
+from pipeline.native_moe import NativeMoe
 
 MOMENTS: dict[str, tuple[str, ...]] = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ()}
 """Tensors that each optimizer keeps per parameter, besides the parameter itself."""
@@ -28,13 +30,15 @@ MOMENTS: dict[str, tuple[str, ...]] = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD"
 class Slot:
     """One Hugging Face tensor and the live parameters that hold it.
 
-    `parts` are joined along dim 1 (gate and up projection in `gate_up_proj`); `layer`, if any, is the
-    expert-parallel layer whose ranks hold consecutive experts along dim 0.
+    `parts` are joined along dim 1 (AutoEP: gate and up projection in `gate_up_proj`) or stacked along a new dim 0
+    (DeepSpeed's own layer: one matrix per expert); `layer`, if any, is the expert-parallel layer whose ranks hold
+    consecutive experts along dim 0.
     """
 
     name: str
     parts: tuple[nn.Parameter, ...]
     layer: Any = None
+    stacked: bool = False
 
     @property
     def trainable(self) -> bool:
@@ -44,6 +48,8 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the whole tensor."""
+        if self.stacked:
+            return (self.layer.num_experts, *self.parts[0].shape)
         first, *rest = _whole_shape(self.parts[0])
         if self.layer is not None:
             first = self.layer.num_experts
@@ -59,11 +65,32 @@ def slots(engine: Any) -> list[Slot]:
         if layer_name is None:
             found.append(Slot(name, (parameter,)))
         else:
-            found += _layer_slot(layer_name, layers[layer_name], name.removeprefix(layer_name + "."), parameter)
+            layer, inner = layers[layer_name], name.removeprefix(layer_name + ".")
+            kind = _native_slot if isinstance(layer, NativeMoe) else _autoep_slot
+            found += kind(layer_name, layer, inner, parameter)
     return found
 
 
-def _layer_slot(prefix: str, layer: Any, inner: str, parameter: nn.Parameter) -> list[Slot]:
+_RENAMED = {"router.gate.": "gate.", "shared_experts.": "shared_expert.", "shared_experts_gate.": "shared_expert_gate."}
+"""AutoEP's names of a layer's other parts, and Hugging Face's."""
+
+
+def _native_slot(prefix: str, layer: NativeMoe, inner: str, parameter: nn.Parameter) -> list[Slot]:
+    """DeepSpeed's `gate.wg` and its list of experts as Hugging Face names and packs them.
+
+    The residual MLP and its coefficient have no Hugging Face name; they get `residual.` in theirs.
+    """
+    inner = inner.replace("moe.deepspeed_moe.gate.wg.", "gate.", 1)
+    inner = inner.replace("moe.mlp.", "residual.mlp.", 1).replace("moe.coefficient.", "residual.coefficient.", 1)
+    expert = re.fullmatch(r"moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)\.weight", inner)
+    if expert is None:
+        return [Slot(f"{prefix}.{inner}", (parameter,))]
+    if expert[1] != "0":
+        return []
+    return [Slot(f"{prefix}.experts.{expert[2]}", layer.expert_weights(expert[2]), layer, stacked=True)]
+
+
+def _autoep_slot(prefix: str, layer: Any, inner: str, parameter: nn.Parameter) -> list[Slot]:
     """AutoEP's `router.gate`, `experts.w1` (gate), `.w2` (down), `.w3` (up) as Hugging Face names them."""
     if inner == "experts.w1":
         return [Slot(f"{prefix}.experts.gate_up_proj", (parameter, layer.experts.w3), layer)]
@@ -71,14 +98,17 @@ def _layer_slot(prefix: str, layer: Any, inner: str, parameter: nn.Parameter) ->
         return [Slot(f"{prefix}.experts.down_proj", (parameter,), layer)]
     if inner == "experts.w3":
         return []
-    return [Slot(f"{prefix}.{inner.replace('router.gate.', 'gate.', 1)}", (parameter,))]
+    for theirs, name in _RENAMED.items():
+        if inner.startswith(theirs):
+            inner = name + inner.removeprefix(theirs)
+    return [Slot(f"{prefix}.{inner}", (parameter,))]
 
 
 @torch.no_grad()
 def read(engine: Any, slot: Slot, moment: str | None = None) -> Tensor:
     """The whole tensor in fp32 on the CPU, or one of its optimizer moments. Collective."""
     parts = [_read_local(engine, part, moment) for part in slot.parts]
-    local = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    local = _join(slot, parts)
     if slot.layer is None or slot.layer.ep_size == 1:
         return local.detach().cpu()
     gathered = [torch.empty_like(local) for _ in range(slot.layer.ep_size)]
@@ -92,9 +122,20 @@ def write(engine: Any, slot: Slot, whole: Tensor, moment: str | None = None) -> 
     if slot.layer is not None:
         experts = slot.layer.num_local_experts
         whole = whole.narrow(0, slot.layer.ep_rank * experts, experts)
-    pieces = whole.chunk(len(slot.parts), dim=1) if len(slot.parts) > 1 else (whole,)
-    for part, piece in zip(slot.parts, pieces, strict=True):
+    for part, piece in zip(slot.parts, _split(slot, whole), strict=True):
         _write_local(engine, part, piece.contiguous(), moment)
+
+
+def _join(slot: Slot, parts: list[Tensor]) -> Tensor:
+    if slot.stacked:
+        return torch.stack(parts)
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+
+def _split(slot: Slot, whole: Tensor) -> tuple[Tensor, ...]:
+    if slot.stacked:
+        return whole.unbind()
+    return whole.chunk(len(slot.parts), dim=1) if len(slot.parts) > 1 else (whole,)
 
 
 def full_parameters(engine: Any) -> Iterator[tuple[str, Tensor]]:

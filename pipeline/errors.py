@@ -5,11 +5,14 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_USER_ERROR = 2
+EXIT_LOST_CONTACT = 75
 EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
     """The user asked for something impossible; the message says what, where, both values and what to do."""
+
+    status = EXIT_USER_ERROR
 
 
 class ConfigError(UserError):
@@ -28,8 +31,14 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged or belongs to another run."""
 
 
+class LostContactError(UserError):
+    """Ranks cannot reach each other (any more): the same job may well go on when it is started again."""
+
+    status = EXIT_LOST_CONTACT
+
+
 def run_main(main: Callable[[], int | None]) -> NoReturn:
-    """Run a stage's `main` and exit: its status (None: 0), 2 for a UserError, 130 for Ctrl-C.
+    """Run a stage's `main` and exit: its status (None: 0), 2 for a UserError (75 for lost contact), 130 for Ctrl-C.
 
     Other exceptions are defects and keep their traceback.
     """
@@ -37,7 +46,7 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
         status = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.status)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from what is finished", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

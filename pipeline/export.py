@@ -1,35 +1,46 @@
 """From a training checkpoint to an ordinary Hugging Face folder, and the proof that it is the same model.
 
-    python -m pipeline.export --config RECIPE.yaml job=NAME --out DIR
+    python -m pipeline.export CKPT OUT [--template DIR]
+    python -m pipeline.export --config RECIPE.yaml job=NAME --out OUT
 
-One process, no DeepSpeed: the checkpoint already holds whole tensors under Hugging Face names. The folder is
-loaded back by plain `AutoModelForImageTextToText.from_pretrained` and compared with the checkpoint, tensor
-by tensor and logit by logit, before it appears under its name.
+CKPT is a checkpoint `step-...`, or a job's folder or its `checkpoints`, meaning the newest one. One process, no
+DeepSpeed: the checkpoint holds whole tensors under Hugging Face names, and the configuration, tokenizer and image
+processor that training used. Only safetensors, JSON and text are read, never pickle.
+
+The folder is loaded back by plain `from_pretrained` and compared with the checkpoint, tensor by tensor and logit by
+logit, before it appears under its name. One model is in memory at a time: tensors are written one after the other, and
+for the comparison the checkpoint's are put into the reloaded model in place.
 """
 
 import argparse
-import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline import checkpoint, models
-from pipeline.command_line import parse_args
+from pipeline.command_line import load_recipe
 from pipeline.config import Recipe
-from pipeline.errors import CheckpointError, run_main
-from pipeline.hf_folder import Building, ShardWriter, copy_companions, packed_on_disk
-from pipeline.moe import moe_layers
+from pipeline.errors import CheckpointError, ConfigError, UserError, run_main
+from pipeline.families import auto_class, load_config
+from pipeline.features import is_ours
+from pipeline.hf_folder import Building, DiskLayout, ShardWriter, save_config
+from pipeline.model_card import model_card
 from pipeline.student import ORIGIN, random_text_ids
 from pipeline.student import REPORT as UPCYCLE_REPORT
 
 REPORT = "export.json"
 PROBE_SHAPE = (2, 32)
 """Sequences and tokens on which logits are compared."""
+TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
+"""Of files that come along: configuration, tokenizers (`.model` is sentencepiece's), templates. No code, no pickle."""
+COMPARED_AT_ONCE = 1 << 24
+"""Elements of a tensor whose differences are computed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +50,46 @@ class ExportReport:
     checkpoint: str
     step: int
     dtype: str
+    weights: str
+    """Hash of the weights, as in the evaluation's records."""
     tensors: int
     total_parameters: int
     active_parameters: int
     max_tensor_difference: float
     """Reloaded against the checkpoint in `dtype`; 0 means bit for bit."""
     max_logit_difference: float
-    """Reloaded against the checkpoint's tensors put into the model directly."""
+    """Reloaded against the same model with the checkpoint's tensors put in directly."""
+
+
+def template_files(model_dir: Path, processor_dir: Path | None = None) -> dict[str, bytes]:
+    """The small files of an export, by name: configuration, generation settings, tokenizer, image processor.
+
+    Args:
+        model_dir: Hugging Face folder that training starts from.
+        processor_dir: where tokenizer and image processor come from; None: `model_dir`.
+
+    Raises:
+        UserError: `model_dir` has no config.json.
+    """
+    files = _text_files(model_dir)
+    if "config.json" not in files:
+        raise UserError(f"{model_dir}: no config.json: not a Hugging Face folder. Nothing was written.")
+    if processor_dir is not None:
+        own = {name: content for name, content in files.items() if name not in models.PROCESSOR_FILES}
+        files = own | {n: content for n, content in _text_files(processor_dir).items() if n in models.PROCESSOR_FILES}
+    return files
+
+
+def _text_files(folder: Path) -> dict[str, bytes]:
+    left_out = (UPCYCLE_REPORT, ORIGIN, REPORT)
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(folder.glob("*"))
+        if path.is_file()
+        and path.suffix in TEXT_SUFFIXES
+        and path.name not in left_out
+        and not path.name.endswith(".index.json")
+    }
 
 
 def write_model(recipe: Recipe, name: str, out: Path | None = None) -> ExportReport:
@@ -63,78 +107,104 @@ def write_model(recipe: Recipe, name: str, out: Path | None = None) -> ExportRep
     folder = checkpoint.latest(root)
     if folder is None:
         raise CheckpointError(f"{root}: no checkpoint. Train first: `deepspeed train.py --config ... job={name}`.")
-    checkpoint.verify(folder)
-    template = recipe.model_dir(recipe.jobs[name].init)
-    card = _card(name, recipe, template)
-    return write_hf(folder, template, out or recipe.model_dir(f"jobs.{name}"), recipe.processor_dir, card)
+    template = checkpoint.read_template(folder) or template_files(
+        recipe.model_dir(recipe.jobs[name].init), recipe.processor_dir
+    )
+    return write_hf(folder, out or recipe.model_dir(f"jobs.{name}"), template)
 
 
-def write_hf(folder: Path, template: Path, out: Path, processor_dir: Path, card: str) -> ExportReport:
+def write_hf(folder: Path, out: Path, template: checkpoint.Template | None = None) -> ExportReport:
     """Write one checkpoint folder as a Hugging Face folder and compare it after loading it back.
 
     Args:
         folder: a complete checkpoint, `step-...`.
-        template: Hugging Face folder that training started from: configuration, generation settings.
         out: folder to write or replace; it appears only when complete and compared.
-        processor_dir: tokenizer and image processor that training used.
-        card: text of the README.
+        template: files beside the weights, config.json among them; None: those stored in the checkpoint.
 
     Raises:
-        CheckpointError: the reloaded model differs from the checkpoint; `out` is left as it was.
+        CheckpointError: the checkpoint is damaged or has no template, or the reloaded model differs from it; `out` is
+            left as it was.
     """
-    config = AutoConfig.from_pretrained(str(template))
-    dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    checkpoint.verify(folder)
+    template = checkpoint.read_template(folder) if template is None else template
+    if "config.json" not in template:
+        raise CheckpointError(
+            f"{folder}: holds no configuration of its model. Name the folder that training started from with "
+            "--template DIR. Nothing was written."
+        )
     with Building(out, replace=True) as building:
-        config.save_pretrained(str(building))
-        copy_companions(template, building, skip=(UPCYCLE_REPORT, ORIGIN, REPORT))
-        for path in processor_dir.iterdir():
-            if path.name in models.PROCESSOR_FILES:
-                (building / path.name).write_bytes(path.read_bytes())
-        writer = ShardWriter(building)
-        for name, tensor in checkpoint.read_parameters(folder):
-            writer.add(name, packed_on_disk(name, tensor.to(dtype)))
+        for name, content in template.items():
+            (building / name).write_bytes(content)
+        config = load_config(building)
+        dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+        save_config(config, building)
+        writer, layout = ShardWriter(building), DiskLayout(config)
+        for name, tensor in _parameters(folder):
+            for disk_name, stored in layout(name, tensor.to(dtype)):
+                writer.add(disk_name, stored)
         writer.finish()
         report = _compare(folder, building, config, dtype)
-        (building / "README.md").write_text(card + _facts(report, config))
+        state = checkpoint.read_meta(folder)["state"]
+        card = model_card(state, config, asdict(report), _scores(folder, report.weights))
+        (building / "README.md").write_text(card)
         (building / REPORT).write_text(json.dumps(asdict(report), indent=1))
     return report
 
 
+def _parameters(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors that the Hugging Face model has: not what serves training alone."""
+    return ((name, tensor) for name, tensor in checkpoint.read_parameters(folder) if not is_ours(name))
+
+
 def _compare(folder: Path, written: Path, config: PreTrainedConfig, dtype: torch.dtype) -> ExportReport:
     """Load `written` as any user would; compare tensors and logits with the checkpoint's."""
-    reloaded = AutoModelForImageTextToText.from_pretrained(str(written), dtype=dtype)
-    assert isinstance(reloaded, PreTrainedModel)
-    reloaded.train(False)
-    live = dict(reloaded.named_parameters())
-    stored = {name: tensor.to(dtype) for name, tensor in checkpoint.read_parameters(folder)}
-    if live.keys() != stored.keys():
+    model = auto_class(config).from_pretrained(str(written), dtype=dtype, use_safetensors=True, trust_remote_code=False)
+    assert isinstance(model, PreTrainedModel)
+    model.train(False)
+    names = {name for name in checkpoint.parameter_names(folder) if not is_ours(name)}
+    live = {name for name, _ in model.named_parameters()}
+    if live != names:
         raise CheckpointError(
-            f"{written}: loads with other tensors than {folder} holds: "
-            f"{sorted(live.keys() ^ stored.keys())[:6]}. "
-            "The job's `init` is not the model that the checkpoint was trained from. Nothing was replaced."
+            f"{written}: loads with other tensors than {folder} holds: {sorted(live ^ names)[:6]}. "
+            "Its configuration is not that of the model that was trained. Nothing was replaced."
         )
-    worst = max(_difference(live[name], tensor) for name, tensor in stored.items())
-    logits, counts = _logits(reloaded), models.parameter_counts(reloaded)
-    del reloaded, live
-    gc.collect()
-    logit_change = _difference(logits, _logits(_in_memory(config, stored, dtype)))
+    logits = _logits(model)
+    worst = _put(folder, model, dtype)
+    logit_change = _difference(logits, _logits(model))
     if worst or logit_change:
         raise CheckpointError(
             f"{written}: differs from {folder} after loading: tensors by {worst:g}, "
             f"logits by {logit_change:g}. Nothing was replaced."
         )
-    step = int(checkpoint.read_meta(folder)["step"])
-    return ExportReport(str(folder), step, str(dtype).removeprefix("torch."), len(stored), *counts, worst, logit_change)
+    total, active = models.parameter_counts(model)
+    return ExportReport(
+        checkpoint=str(folder),
+        step=int(checkpoint.read_meta(folder)["step"]),
+        dtype=str(dtype).removeprefix("torch."),
+        weights=models.weights_hash(written),
+        tensors=len(names),
+        total_parameters=total,
+        active_parameters=active,
+        max_tensor_difference=worst,
+        max_logit_difference=logit_change,
+    )
 
 
-def _in_memory(config: PreTrainedConfig, stored: dict[str, Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` with tensors put in directly, past all file formats."""
-    model: PreTrainedModel = AutoModelForImageTextToText.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    parameters = dict(model.train(False).named_parameters())
-    with torch.no_grad():
-        for name, tensor in stored.items():
-            parameters[name].copy_(tensor)
-    return model
+@torch.no_grad()
+def _put(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Put the checkpoint's tensors into the model, past all file formats; the largest difference to what was there."""
+    worst = 0.0
+    parameters = dict(model.named_parameters())
+    for name, tensor in _parameters(folder):
+        wanted = tensor.to(dtype)
+        if parameters[name].shape != wanted.shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {tuple(wanted.shape)}, the configuration asks for "
+                f"{tuple(parameters[name].shape)}. Nothing was replaced."
+            )
+        worst = max(worst, _difference(parameters[name], wanted))
+        parameters[name].copy_(wanted)
+    return worst
 
 
 @torch.no_grad()
@@ -144,47 +214,61 @@ def _logits(model: PreTrainedModel) -> Tensor:
     return logits
 
 
+@torch.no_grad()
 def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a.detach().float() - b.detach().float()).abs().max())
+    """Largest absolute difference, inf for NaN; piecewise, so that no second copy of a large tensor is made."""
+    if torch.equal(a, b):
+        return 0.0
+    rows_a, rows_b = a.flatten(), b.flatten()
+    starts = range(0, len(rows_a), COMPARED_AT_ONCE)
+    pieces = ((rows[i : i + COMPARED_AT_ONCE].float() for rows in (rows_a, rows_b)) for i in starts)
+    return max(float((x - y).abs().nan_to_num(nan=torch.inf).max()) for x, y in pieces)
 
 
-def _card(name: str, recipe: Recipe, template: Path) -> str:
-    """Model card: how it was trained."""
-    job = recipe.jobs[name]
-    kind = "supervised fine-tuning" if job.distill is None else f"distillation from `{recipe.targets.teacher}`"
-    curriculum = "hardness-ordered" if job.curriculum else "uniform"
-    return (
-        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n"
-        f"# {name}\n\n"
-        f"Trained by {kind}, starting from `{job.init}` ({template.name}): {job.steps} steps of "
-        f"{job.global_batch_size} samples, {job.optimizer}, peak learning rate {job.lr:g}, {curriculum} "
-        f"sampling, seed {recipe.run.seed}.\n"
-    )
-
-
-def _facts(report: ExportReport, config: PreTrainedConfig) -> str:
-    """Model card: what it is and how to load it."""
-    layers, text = moe_layers(config), config.get_text_config()
-    experts = f"{text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}" if layers else "none"
-    return (
-        f"\n| | |\n|---|---|\n| architecture | `{config.model_type}` |\n"
-        f"| parameters | {report.total_parameters:,} |\n"
-        f"| active per token | {report.active_parameters:,} |\n| experts | {experts} |\n"
-        f"| weights | {report.dtype}, step {report.step} |\n\n"
-        "```python\nfrom transformers import AutoModelForImageTextToText, AutoTokenizer\n"
-        'model = AutoModelForImageTextToText.from_pretrained("PATH")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")\n```\n'
-    )
+def _scores(folder: Path, weights: str) -> dict[str, Any] | None:
+    """What `evaluate` scored with exactly these weights, by slice, if the checkpoint still lies in its run's folder."""
+    run = folder.resolve().parents[3] if len(folder.resolve().parents) > 3 else folder  # run/jobs/NAME/checkpoints/step
+    for path in sorted((run / "evaluation").glob("*.json")):
+        content = json.loads(path.read_text())
+        if content.get("identity", {}).get("weights") == weights and not content["blind"]:
+            scores: dict[str, Any] = content["scores"]
+            return scores
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line: export one job's newest checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, or to replace")
-    arguments = parse_args("export", argv, parser)
-    name, _ = arguments.recipe.selected_job()
-    print(json.dumps(asdict(write_model(arguments.recipe, name, arguments.options.out)), indent=1))
-    print(f"{arguments.options.out}: loads with AutoModelForImageTextToText.from_pretrained")
+    """Command line: export one checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.export",
+        usage="%(prog)s CKPT OUT [--template DIR]\n       %(prog)s --config RECIPE.yaml job=NAME --out OUT",
+        description="Write a training checkpoint as a Hugging Face folder.",
+    )
+    parser.add_argument("words", nargs="*", metavar="CKPT OUT", help="step-..., a job's folder or its checkpoints; OUT")
+    parser.add_argument("--template", type=Path, metavar="DIR", help="take configuration and tokenizer from here")
+    parser.add_argument("--config", type=Path, help="recipe whose job is exported, instead of CKPT")
+    parser.add_argument("--out", type=Path, help="with --config: folder to write, or to replace")
+    options = parser.parse_intermixed_args(argv)
+    report, out = _from_recipe(options) if options.config else _from_path(options)
+    print(json.dumps(asdict(report), indent=1))
+    print(f"{out}: loads with {auto_class(load_config(out)).__name__}.from_pretrained")
+
+
+def _from_recipe(options: argparse.Namespace) -> tuple[ExportReport, Path]:
+    recipe = load_recipe(options.config, options.words)
+    name, _ = recipe.selected_job()
+    if options.out is None:
+        raise ConfigError("export: name the folder to write with --out OUT. Nothing was written.")
+    if options.template is not None:
+        raise ConfigError("export: --template goes with CKPT OUT, not with --config. Nothing was written.")
+    return write_model(recipe, name, options.out), options.out
+
+
+def _from_path(options: argparse.Namespace) -> tuple[ExportReport, Path]:
+    if len(options.words) != 2 or options.out is not None:
+        raise ConfigError(f"export: give CKPT and OUT, got {options.words}. Nothing was written.")
+    folder, out = checkpoint.find(Path(options.words[0])), Path(options.words[1])
+    template = template_files(options.template) if options.template else None
+    return write_hf(folder, out, template), out
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def fused_distillation_loss(
         raise ValueError(f"soft targets have {len(targets)} rows, the hidden states have {num_rows}")
     if piece_elements is None:
         piece_elements = PIECE_ELEMENTS.get(hidden_ND.device.type, PIECE_ELEMENTS_ELSEWHERE)
-    whole = _no_terms(labels_N, with_targets=targets is not None)
+    gated = settings.get("gate_scale") is not None
+    whole = _no_terms(labels_N, with_targets=targets is not None, with_gate=targets is not None and gated)
 
     def loss(rows: slice, logits_nV: Tensor) -> Tensor:
         some = None if targets is None else targets.rows(rows)
@@ -79,11 +80,11 @@ def fused_distillation_loss(
     return replace(whole, loss_sum=linear_loss(hidden_ND, weight_VD, loss, chunk_rows, piece_rows))
 
 
-def _no_terms(labels_N: Tensor, *, with_targets: bool) -> DistillationTerms:
+def _no_terms(labels_N: Tensor, *, with_targets: bool, with_gate: bool) -> DistillationTerms:
     """What `_take` fills, made before any chunk: small tensors left between large ones fragment the CPU's heap."""
     zeros = partial(torch.zeros, dtype=torch.float32, device=labels_N.device)
-    kl_N, hardness_N = (zeros(len(labels_N)) if with_targets else None for _ in range(2))
-    return DistillationTerms(zeros(()), zeros(len(labels_N)), kl_N, hardness_N, zeros(()), zeros(()))
+    kl_N, hardness_N, gate_N = (zeros(len(labels_N)) if on else None for on in (with_targets, with_targets, with_gate))
+    return DistillationTerms(zeros(()), zeros(len(labels_N)), kl_N, hardness_N, zeros(()), zeros(()), gate_N)
 
 
 def _take(terms: DistillationTerms, rows: slice, whole: DistillationTerms) -> None:
@@ -93,6 +94,8 @@ def _take(terms: DistillationTerms, rows: slice, whole: DistillationTerms) -> No
         whole.kl_N[rows] = terms.kl_N
     if whole.hardness_N is not None and terms.hardness_N is not None:
         whole.hardness_N[rows] = terms.hardness_N
+    if whole.gate_N is not None and terms.gate_N is not None:
+        whole.gate_N[rows] = terms.gate_N
     whole.weight_sum.add_(terms.weight_sum)
     whole.weight_count.add_(terms.weight_count)
 

@@ -6,16 +6,19 @@ Shapes: B samples, S prompt length (padded on the left), T new tokens.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline import experts
+from pipeline.compatibility import check_compatible
 from pipeline.data import Sample
-from pipeline.models import check_compatible, load_model
+from pipeline.models import load_model
 from pipeline.processor import Batch, Encoded, Processor, collate
 
 WINDOW_BATCHES = 8
@@ -91,7 +94,12 @@ def model_inputs(batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
 
 
 def greedy(
-    model: PreTrainedModel, inputs: dict[str, Tensor], max_new_tokens: int, stop_ids: Sequence[int]
+    model: PreTrainedModel,
+    inputs: dict[str, Tensor],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    *,
+    in_step: bool = False,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, up to (without) its first stop token.
 
@@ -100,12 +108,14 @@ def greedy(
         inputs: as `model_inputs` gives them, on the model's device.
         max_new_tokens: longest continuation, at least 1.
         stop_ids: tokens that end a sample; with none every continuation has max_new_tokens.
+        in_step: the ranks share this model's experts or weights, so that each goes on until all are done. Every rank
+            then calls this with the same max_new_tokens; batches may differ in all else.
     """
     decoder = GreedyDecoder(model, inputs)
     token_B = decoder.first()
     stop_N = torch.tensor(list(stop_ids), dtype=token_B.dtype, device=token_B.device)
     done_B, tokens = torch.isin(token_B, stop_N), [token_B]
-    while len(tokens) < max_new_tokens and not bool(done_B.all()):
+    while len(tokens) < max_new_tokens and not _finished(done_B, in_step):
         token_B = decoder.next(token_B)
         tokens.append(token_B)
         done_B |= torch.isin(token_B, stop_N)
@@ -120,12 +130,14 @@ def answers(
     batch_size: int,
     max_new_tokens: int,
     blind: bool = False,
+    in_step: bool = False,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, str]:
     """The model's answer to each sample's question, by sample_id.
 
     Args:
         blind: blank the images to grey.
+        in_step: see `greedy`; every rank has as many samples.
         on_progress: called with the number of samples of every finished batch.
 
     Raises:
@@ -135,10 +147,38 @@ def answers(
     stop_ids = (processor.eos_id, processor.pad_id)
     for encoded in _prompt_batches(processor, samples, batch_size, blind):
         batch = collate(encoded, processor.pad_id, processor.image_token_id, side="left")
-        rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids)
+        rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids, in_step=in_step)
         texts |= {e.sample_id: processor.decode(row) for e, row in zip(encoded, rows, strict=True)}
         on_progress(len(rows))
     return texts
+
+
+def shared_answers(
+    model: PreTrainedModel, processor: Processor, samples: Sequence[Sample], *, batch_size: int, max_new_tokens: int
+) -> dict[str, str]:
+    """`answers` by all ranks together, each a share of the samples; every rank gets all answers. Collective.
+
+    For a model whose experts or weights the ranks share (`engine.module` of a DeepSpeed engine, in evaluation mode).
+
+    Raises:
+        DataError: an image or prompt that cannot be encoded, on the rank that has it.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # All ranks must run the same number of batches: the first samples fill up the shares that are one short.
+    filled = list(islice(cycle(samples), -(-len(samples) // world) * world))
+    share = filled[rank::world]
+    ours = answers(model, processor, share, batch_size=batch_size, max_new_tokens=max_new_tokens, in_step=True)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, ours)
+    return {sample_id: text for texts in gathered for sample_id, text in texts.items()}
+
+
+def _finished(done_B: Tensor, in_step: bool) -> bool:
+    """Whether all samples are done; of all ranks if they keep in step."""
+    done = done_B.all().to(torch.int32)
+    if in_step:
+        dist.all_reduce(done, op=dist.ReduceOp.MIN)
+    return bool(done)
 
 
 def _prompt_batches(

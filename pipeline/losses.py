@@ -1,7 +1,8 @@
 """Distillation and router losses: pure functions of tensors. No config, no model, no collectives.
 
 Shape suffixes: N = answer tokens (batch and sequence flattened), V = vocabulary, K = teacher top-k, T = positions of a
-padded batch, E = experts, B = samples. The caller divides sums once, by counts over the global batch.
+padded batch, E = experts, B = samples, J = feature rows (see `features`), R = width of a sketch. The caller divides
+sums once, by counts over the global batch.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,22 @@ from pipeline.targets import SoftTargets
 IGNORE = -100
 """Label of a row that does not count."""
 NORMALISER_EMA = 0.9
+GATE_MARGIN = 2.0
+"""How much worse than the student, in units of s, a teacher may be on a token before its hardness counts less."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureTerms:
+    """One micro-batch's share of METHOD section 7's feature term, as sums."""
+
+    loss_sum: Tensor
+    """Differentiable scalar: sum over rows of alpha f g."""
+    distance_J: Tensor
+    """g, without gradient."""
+    weight_sum: Tensor
+    """Sum of alpha-weighted weights before normalisation."""
+    weight_count: Tensor
+    """Sum of alpha."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +50,8 @@ class DistillationTerms:
     """Sum of alpha-weighted KL weights before normalisation."""
     weight_count: Tensor
     """Sum of alpha."""
+    gate_N: Tensor | None = None
+    """rho; None without targets or gate."""
 
 
 def cross_entropy_per_token(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
@@ -163,6 +182,17 @@ def learnability_gate(ce_student_N: Tensor, ce_teacher_N: Tensor, scale: float) 
     return torch.sigmoid((ce_student_N - ce_teacher_N) / scale)
 
 
+def chased_hardness(hardness_N: Tensor, gate_N: Tensor | None) -> Tensor:
+    """min(1, 2 sigmoid(logit rho + 2)) h: the part of a token's hardness that a better teacher could take away.
+
+    It is h until the teacher is worse on the data's token by 2 s nats, and then falls to 0. One token is one draw: a
+    teacher that is worse on it by less is not thereby wrong. [ours]
+    """
+    if gate_N is None:
+        return hardness_N
+    return hardness_N * (2 * torch.sigmoid(torch.logit(gate_N) + GATE_MARGIN)).clamp(max=1)
+
+
 def token_tilt(hardness_N: Tensor, beta: float) -> Tensor:
     """exp(beta (2h - 1)): hard tokens weigh more for beta > 0, less for beta < 0, all the same at 0. [ours]"""
     return torch.exp(beta * (2 * hardness_N - 1))
@@ -207,16 +237,37 @@ def distillation_loss(
     kl_N = _kl_per_token(logits_NV, targets, temperature)
     with torch.no_grad():
         hardness_N = token_hardness(kl_N / temperature**2)
-        weight_N = token_tilt(hardness_N, beta)
+        weight_N, gate_N = token_tilt(hardness_N, beta), None
         if gate_scale is not None:
             # Both sides at the targets' temperature, so that the gate compares like with like. [ours]
             student_N = ce_N if temperature == 1.0 else cross_entropy_per_token(logits_NV / temperature, labels_N)
-            weight_N = weight_N * learnability_gate(student_N, -targets.gold_logprob, gate_scale)
+            gate_N = learnability_gate(student_N, -targets.gold_logprob, gate_scale)
+            weight_N = weight_N * gate_N
     distilled_N = torch.where(alpha_N > 0, alpha_N * (weight_N / normaliser) * kl_N, 0.0)
     loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
-    return DistillationTerms(
-        loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, (alpha_N * weight_N).sum(), alpha_N.sum()
-    )
+    weight_sum, weight_count = (alpha_N * weight_N).sum(), alpha_N.sum()
+    return DistillationTerms(loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, weight_sum, weight_count, gate_N)
+
+
+def feature_loss(
+    mapped_JR: Tensor, sketch_JR: Tensor, alpha_J: Tensor, *, beta: float = 0.0, normaliser: float = 1.0
+) -> FeatureTerms:
+    """sum_j alpha (f / normaliser) g, g = (1 - cos(W q, R p)) / 2 in [0, 1], f = exp(beta (2g - 1)) without gradient.
+
+    [cosine feature distillation is standard; g as hardness, and the tilt on it: ours; METHOD sections 3 and 7]
+
+    Args:
+        mapped_JR: the student's features through W.
+        sketch_JR: the teacher's sketches R p.
+        alpha_J: share of the feature term, in [0, 1].
+        beta: tilt on g.
+        normaliser: mean weight of past global batches (`WeightNormaliser`).
+    """
+    distance_J = (1 - F.cosine_similarity(mapped_JR.float(), sketch_JR, dim=-1)) / 2
+    fixed_J = distance_J.detach()
+    weight_J = token_tilt(fixed_J, beta)
+    loss_sum = (alpha_J * (weight_J / normaliser) * distance_J).sum()
+    return FeatureTerms(loss_sum, fixed_J, (alpha_J * weight_J).sum(), alpha_J.sum())
 
 
 class WeightNormaliser:

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
-
 
 class MetricsLogger:
     """Appends to `metrics.jsonl` and `tensorboard/`; on resume, lines after the resumed step are dropped."""
 
     def __init__(self, job_dir: Path, *, resume_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and readers of metrics do not need it
+
         self.path = job_dir / "metrics.jsonl"
         job_dir.mkdir(parents=True, exist_ok=True)
         _drop_after(self.path, resume_step)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import xxhash
 from transformers import (
-    AutoModelForImageTextToText,
     GenerationConfig,
     PreTrainedModel,
     Qwen3VLConfig,
@@ -19,6 +18,7 @@ from transformers import (
 
 from pipeline.config import ModelConfig, TextSize, VisionSize
 from pipeline.errors import ConfigError, UserError
+from pipeline.families import auto_class, load_config
 from pipeline.processor import Processor
 
 ROPE_THETA = 10_000.0
@@ -34,12 +34,15 @@ PROCESSOR_FILES = (
     "vocab.json",
     "merges.txt",
     "sentencepiece.model",
+    "tokenizer.model",
+    "processor_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
 )
 """Files of a tokenizer and image processor: what may be copied from a folder that is a checkpoint itself."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def build(config: ModelConfig, processor: Processor, seed: int) -> Qwen3VLForConditionalGeneration:
@@ -194,12 +197,22 @@ def load_model(
             f"{path}: there is no model (no config.json). Run the stage that writes it, "
             "or correct the model reference in the recipe."
         )
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "local_files_only": True}
+    if not any(path.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in PICKLES for p in path.glob(pattern))
+        also = f"; {pickles} hold(s) pickle, which can run any code and is not read" if pickles else ""
+        raise UserError(f"{path}: there are no weights in safetensors{also}. Save the model again as safetensors.")
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     loaded: Any
     try:
-        loaded = AutoModelForImageTextToText.from_pretrained(str(path), output_loading_info=True, **options)
+        loaded = auto_class(load_config(path)).from_pretrained(str(path), output_loading_info=True, **options)
     except Exception as error:  # safetensors, JSON and shape errors share no base class
         raise UserError(f"{path}: cannot read this model: {type(error).__name__}: {error}") from error
     model, info = loaded
@@ -264,58 +277,6 @@ def compute_device(name: str) -> torch.device:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return torch.device(name)
-
-
-def check_compatible(model: PreTrainedModel, processor: Processor) -> None:
-    """The model must read the processor's ids and patches.
-
-    Raises:
-        UserError: with every difference and both values.
-    """
-    config: Any = model.config
-    vision, images = config.vision_config, processor.image_processor
-    pairs = {
-        "image_token_id": (config.image_token_id, processor.image_token_id),
-        "video_token_id": (config.video_token_id, processor.video_token_id),
-        "vision_start_token_id": (config.vision_start_token_id, processor.vision_start_id),
-        "vision_end_token_id": (config.vision_end_token_id, processor.vision_end_id),
-        "patch_size": (vision.patch_size, images.patch_size),
-        "temporal_patch_size": (vision.temporal_patch_size, images.temporal_patch_size),
-        "spatial_merge_size": (vision.spatial_merge_size, images.merge_size),
-    }
-    problems = [f"{name}: model {m}, processor {p}" for name, (m, p) in pairs.items() if m != p]
-    rows = config.get_text_config().vocab_size
-    if rows < processor.vocab_size:
-        problems.append(f"vocabulary: model {rows} rows, processor {processor.vocab_size} tokens")
-    if problems:
-        name = config._name_or_path or type(model).__name__
-        raise UserError(
-            f"model {name} and processor {processor.origin} do not belong together.\n  "
-            + "\n  ".join(problems)
-            + "\nUse the processor that the model was made with, or make the model again."
-        )
-
-
-def check_same_tokens(teacher: Processor, student: Processor) -> None:
-    """Soft targets are token ids: both processors must map every token to the same id.
-
-    Sizes are not compared: padded embeddings may differ while the tokens agree.
-
-    Raises:
-        UserError: naming the first tokens that differ, with both ids.
-    """
-    ids_t, ids_s = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
-    differing = [token for token in {**ids_t, **ids_s} if ids_t.get(token) != ids_s.get(token)]
-    if not differing:
-        return
-    differing.sort(key=lambda token: min(ids[token] for ids in (ids_t, ids_s) if token in ids))
-    lines = [f"{t!r}: teacher {ids_t.get(t, 'none')}, student {ids_s.get(t, 'none')}" for t in differing[:5]]
-    raise UserError(
-        f"{len(differing)} token(s) have other ids in teacher and student, or are missing in one; first:\n  "
-        + "\n  ".join(lines)
-        + f"\n  (teacher: {teacher.origin}; student: {student.origin})\n"
-        "Distillation needs one tokenizer: start the student from a checkpoint of the teacher's family."
-    )
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:

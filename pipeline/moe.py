@@ -1,16 +1,17 @@
 """DeepSpeed's configuration for a job, and the router's view of a Mixture-of-Experts model.
 
-The only module that knows how expert parallelism (DeepSpeed AutoEP) is switched on. The recipe owns batch
-sizes, optimizer and clipping; the DeepSpeed JSON owns ZeRO, precision and the expert-parallel size. A value
-that both give differently is refused, so that neither silently wins.
+The only module that knows how expert parallelism is switched on: DeepSpeed AutoEP, or DeepSpeed's own MoE layer
+(`pipeline.native_moe`). The recipe owns batch sizes, optimizer, clipping and the kind of layer; the DeepSpeed JSON owns
+ZeRO, precision and the expert-parallel size. A value that both give differently is refused, so that neither silently
+wins.
 
 Shape suffixes: T = tokens (batch and sequence flattened), E = experts of a layer.
 """
 
 import copy
 import logging
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,38 +21,14 @@ from transformers import PreTrainedConfig
 
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, UserError
+from pipeline.families import decoder_layers, moe_family, moe_layers
+from pipeline.topology import accumulation_steps, check_expert_parallel_size, expert_parallel_size
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class MoeFamily:
-    """Where an architecture keeps its experts, in the words of DeepSpeed's `expert_parallel`."""
-
-    layer_pattern: str
-    router: str = "gate"
-    experts: str = "experts"
-    num_experts_attr: str = "num_experts"
-    top_k_attr: str = "num_experts_per_tok"
-
-
-FAMILIES: dict[str, MoeFamily] = {
-    "qwen3_vl_moe": MoeFamily(layer_pattern=r"model\.language_model\.layers\.\d+\.mlp"),
-}
-"""Architectures by `model_type`. Another family whose experts are packed the same way needs one more line."""
-
-
 class RouterError(UserError):
     """Router logits cannot be collected from this model as it is set up."""
-
-
-def moe_layers(model_config: PreTrainedConfig) -> list[int]:
-    """Indices of the decoder layers that are MoE layers, ascending; empty for a dense model."""
-    text = model_config.get_text_config()
-    if not getattr(text, "num_experts", 0):
-        return []
-    step, dense = text.decoder_sparse_step, set(text.mlp_only_layers or ())
-    return [i for i in range(text.num_hidden_layers) if (i + 1) % step == 0 and i not in dense]
 
 
 def prepare_deepspeed_config(
@@ -73,8 +50,8 @@ def prepare_deepspeed_config(
     _fill_batch(config, job, world_size)
     _fill_optimizer(config, job)
     _fill(config, "gradient_clipping", job.grad_clip, "jobs.*.grad_clip")
-    _fill_experts(config, model_config, world_size)
-    _refuse_unsupported(config, job)
+    _fill_experts(config, job, model_config, world_size)
+    _refuse_unsupported(config, raw)
     return config
 
 
@@ -90,16 +67,9 @@ def _fill(config: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _fill_batch(config: dict[str, Any], job: JobConfig, world_size: int) -> None:
-    per_pass = job.micro_batch_size * world_size
-    if job.global_batch_size % per_pass:
-        raise ConfigError(
-            f"global_batch_size {job.global_batch_size} is not a multiple of micro_batch_size "
-            f"{job.micro_batch_size} x {world_size} rank(s) = {per_pass}. "
-            "Change one of them, or the number of ranks. Nothing was started."
-        )
+    steps = accumulation_steps(job, world_size)
     _fill(config, "train_batch_size", job.global_batch_size, "global_batch_size")
     _fill(config, "train_micro_batch_size_per_gpu", job.micro_batch_size, "micro_batch_size")
-    steps = job.global_batch_size // per_pass
     _fill(config, "gradient_accumulation_steps", steps, "global_batch_size / (micro_batch_size x ranks)")
 
 
@@ -121,8 +91,12 @@ def _fill_optimizer(config: dict[str, Any], job: JobConfig) -> None:
     config["zero_force_ds_cpu_optimizer"] = False
 
 
-def _fill_experts(config: dict[str, Any], model_config: PreTrainedConfig, world_size: int) -> None:
-    """Complete `expert_parallel` for the model's family, or drop it when the model has no experts."""
+def _fill_experts(config: dict[str, Any], job: JobConfig, model_config: PreTrainedConfig, world_size: int) -> None:
+    """Complete `expert_parallel` for the model's family, or drop it when AutoEP has nothing to do."""
+    if job.moe_layer == "native" and moe_layers(model_config):
+        _check_native(config, model_config, world_size)
+        config.pop("expert_parallel", None)  # it would switch AutoEP on
+        return
     block = config.get("expert_parallel")
     if not block or not block.get("enabled", False):
         config.pop("expert_parallel", None)
@@ -131,17 +105,12 @@ def _fill_experts(config: dict[str, Any], model_config: PreTrainedConfig, world_
         logger.info("expert parallelism is off: %s has no experts", model_config.model_type)
         del config["expert_parallel"]
         return
-    family = FAMILIES.get(model_config.model_type)
-    if family is None:
-        raise ConfigError(
-            f"expert parallelism for model type {model_config.model_type!r} is not known; known: "
-            f"{sorted(FAMILIES)}. "
-            "Use ds_configs/dense.json, or add the family to pipeline/moe.py. Nothing was started."
-        )
+    family = moe_family(model_config)
+    assert family is not None
     text = model_config.get_text_config()
-    _check_expert_parallel_size(block.get("autoep_size", 1), world_size, getattr(text, family.num_experts_attr))
+    check_expert_parallel_size(block.get("autoep_size", 1), world_size, getattr(text, family.num_experts_attr))
     known = {
-        "moe_layer_pattern": family.layer_pattern,
+        "moe_layer_pattern": rf"{re.escape(decoder_layers(model_config))}\.\d+\.mlp",
         "router_pattern": family.router,
         "expert_pattern": family.experts,
         "num_experts_attr": family.num_experts_attr,
@@ -149,44 +118,67 @@ def _fill_experts(config: dict[str, Any], model_config: PreTrainedConfig, world_
         "top_k": getattr(text, family.top_k_attr),
         "route_norm": True,
     }
+    if family.shared_expert is not None:
+        known |= {
+            "has_shared_experts": True,
+            "shared_experts_pattern": family.shared_expert,
+            "shared_experts_gate_pattern": family.shared_expert_gate,
+        }
     for key, value in known.items():
         _fill(block, key, value, f"{model_config.model_type}'s configuration")
 
 
-def _check_expert_parallel_size(size: int, world_size: int, num_experts: int) -> None:
-    for what, whole in (("ranks", world_size), ("experts per layer", num_experts)):
-        if whole % size:
-            raise ConfigError(
-                f"expert_parallel.autoep_size {size} does not divide the {whole} {what}. "
-                f"Choose a divisor of both {world_size} (ranks) and {num_experts} (experts). "
-                "Nothing was started."
-            )
-
-
-def expert_parallel_size(config: Mapping[str, Any]) -> int:
-    """Ranks that share the experts of one layer; 1 without expert parallelism."""
-    block = config.get("expert_parallel") or {}
-    return int(block.get("autoep_size", 1)) if block.get("enabled", False) else 1
-
-
-def _refuse_unsupported(config: dict[str, Any], job: JobConfig) -> None:
+def _check_native(config: Mapping[str, Any], model_config: PreTrainedConfig, world_size: int) -> None:
+    """Refuse what DeepSpeed's own MoE layer cannot do."""
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage == 0 and expert_parallel_size(config) > 1 and job.grad_clip > 0:
-        # DeepSpeed#8475: the norms of different experts are averaged, so that ranks clip differently.
+    if stage == 3:
         raise ConfigError(
-            f"ZeRO stage 0 with expert parallelism (autoep_size {expert_parallel_size(config)}) clips "
-            f"gradients wrongly in DeepSpeed 0.19 (grad_clip {job.grad_clip}). "
-            "Use stage 1, 2 or 3, or grad_clip 0. Nothing was started."
+            "moe_layer native with ZeRO stage 3: DeepSpeed's own MoE layer has no ZeRO-3. "
+            "Use stage 0, 1 or 2, or `moe_layer: autoep`. Nothing was started."
+        )
+    foreign = sorted(set(config.get("expert_parallel") or {}) - {"enabled", "autoep_size"})
+    if foreign:
+        raise ConfigError(
+            f"expert_parallel.{foreign[0]} is a setting of AutoEP, but the job says `moe_layer: native`. "
+            f"Take {foreign} out of the DeepSpeed JSON. Nothing was started."
+        )
+    family = moe_family(model_config)
+    assert family is not None
+    num_experts = getattr(model_config.get_text_config(), family.num_experts_attr)
+    check_expert_parallel_size(expert_parallel_size(config), world_size, num_experts)
+
+
+def _refuse_unsupported(config: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    stage, bf16 = config.get("zero_optimization", {}).get("stage", 0), config.get("bf16", {}).get("enabled", False)
+    if stage == 0 and bf16 and expert_parallel_size(raw) > 1:
+        raise ConfigError(
+            f"ZeRO stage 0 with bf16 and expert parallelism (autoep_size {expert_parallel_size(raw)}): gradients are "
+            "kept in bf16, less exact than under stage 1, and resuming was not tried. Use stage 1, 2 or 3. "
+            "Nothing was started."
+        )
+    if "elasticity" in config:
+        raise ConfigError(
+            "DeepSpeed JSON: remove `elasticity`: DeepSpeed has removed elastic training. A job goes on with another "
+            "number of ranks whenever it is started again (docs/CLUSTER.md). Nothing was started."
         )
     if config.get("fp16", {}).get("enabled", False):
         raise ConfigError("DeepSpeed JSON: fp16 is not supported (no loss scaling); use bf16. Nothing was started.")
 
 
+def block_paths(model_config: PreTrainedConfig) -> list[str]:
+    """Module paths of the model's Hugging Face MoE blocks, in layer order."""
+    return [f"{decoder_layers(model_config)}.{layer}.mlp" for layer in moe_layers(model_config)]
+
+
 def converted_layers(model: nn.Module) -> dict[str, Any]:
-    """DeepSpeed's expert-parallel layers by module path, in layer order."""
+    """DeepSpeed's expert-parallel layers of either kind by module path, in layer order."""
+    # Here, because stages that run without DeepSpeed import this module too.
     from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, AutoEPMoELayer)}
+    from pipeline.native_moe import NativeMoe
+
+    kinds = (AutoEPMoELayer, NativeMoe)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def expect_converted(engine: Any, model_config: PreTrainedConfig) -> int:
@@ -197,9 +189,13 @@ def expect_converted(engine: Any, model_config: PreTrainedConfig) -> int:
     Raises:
         ConfigError: expert parallelism is on and the number of converted layers is not the model's.
     """
+    from pipeline.native_moe import NativeMoe
+
     config = engine.config if isinstance(engine.config, Mapping) else {}
-    found = len(converted_layers(engine.module))
-    wanted = len(moe_layers(model_config)) if config.get("expert_parallel", {}).get("enabled", False) else 0
+    layers = converted_layers(engine.module)
+    native = any(isinstance(layer, NativeMoe) for layer in layers.values())
+    found = len(layers)
+    wanted = len(moe_layers(model_config)) if native or config.get("expert_parallel", {}).get("enabled", False) else 0
     if found != wanted:
         raise ConfigError(
             f"expert parallelism: DeepSpeed converted {found} layer(s), the model has {wanted} MoE layer(s). "
@@ -240,6 +236,7 @@ class RouterProbe:
     def __init__(self, model: nn.Module) -> None:
         """Attach to `model` (for DeepSpeed: `engine.module`, after `deepspeed.initialize`)."""
         self._routers = _find_routers(model)
+        self._layers = list(converted_layers(model).values())
         self._logits: list[Tensor | None] = [None] * len(self._routers)
         self._recording = False
         self._handles = [
@@ -264,6 +261,11 @@ class RouterProbe:
         taken = [logits for logits in self._logits if logits is not None]
         self._logits = [None] * len(self._routers)
         return taken
+
+    def dropped(self) -> Tensor | None:
+        """i64[L]: pairs of token and expert that each layer's last forward dropped; None if no layer can drop."""
+        counts = [layer.router.dropped for layer in self._layers if hasattr(layer.router, "dropped")]
+        return torch.stack(counts) if counts else None
 
     def close(self) -> None:
         """Detach from the model."""
@@ -305,8 +307,8 @@ def _find_routers(model: nn.Module) -> list[nn.Module]:
     if converted:
         return [layer.router.gate for layer in converted.values()]
     config = getattr(model, "config", None)
-    family = FAMILIES.get(getattr(config, "model_type", ""))
-    if config is None or family is None or not moe_layers(config):
+    family = moe_family(config) if config is not None else None
+    if config is None or family is None:
         return []
-    layers = model.get_submodule("model.language_model.layers")
+    layers = model.get_submodule(decoder_layers(config))
     return [layers.get_submodule(f"{i}.mlp.{family.router}") for i in moe_layers(config)]

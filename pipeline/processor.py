@@ -92,8 +92,8 @@ class Processor:
         self.video_token_id = token_id[VIDEO_PAD]
         self.vision_start_id = token_id[VISION_START]
         self.vision_end_id = token_id[VISION_END]
-        self.vocab_size = len(tokenizer)
-        """Tokens that exist; a model's embedding may be padded beyond it."""
+        self.vocab_size = max(vocab.values()) + 1
+        """Ids that tokens have; a model's embedding may be padded beyond them."""
 
     @classmethod
     def load(cls, path: Path, data: DataConfig) -> "Processor":

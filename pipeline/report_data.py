@@ -167,7 +167,7 @@ def _choose(samples: Sequence[Sample]) -> list[Sample]:
 
 def _example(sample: Sample, answers: Mapping[str, Answer]) -> Example:
     verdicts = tuple(verdict(who, answer) for who, answer in answers.items())
-    return Example(sample.task, sample.slice, _data_uri(sample), sample.prompt, sample.answer, verdicts)
+    return Example(sample.task, sample.slice, data_uri(sample), sample.prompt, sample.answer, verdicts)
 
 
 def verdict(who: str, answer: Answer) -> Verdict:
@@ -187,9 +187,10 @@ def _differences(answer: Answer) -> tuple[str, ...]:
     return tuple(f"{word}: {', '.join(sorted(kinds))}" for word, kinds in pairs if kinds)
 
 
-def _data_uri(sample: Sample) -> str | None:
+def data_uri(sample: Sample, number: int = 0) -> str | None:
+    """One of a sample's images for a page, made smaller; None if it cannot be read."""
     try:
-        image = load_image(sample)
+        image = load_image(sample, number)
     except UserError:
         return None
     image.thumbnail((MAX_IMAGE_WIDTH, MAX_IMAGE_WIDTH), Image.Resampling.LANCZOS)

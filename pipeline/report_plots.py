@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -64,14 +64,16 @@ class JobCurves:
     colour: str
     rows: Sequence[Mapping[str, Any]]
 
-    def series(self, key: str, *, distilling: bool = False) -> tuple[Floats, Floats]:
-        """(steps, values) of a scalar, both [S]: lines that hold a finite number.
+    def series(self, key: str, *, over: str = "step", distilling: bool = False) -> tuple[Floats, Floats]:
+        """(`over`, values) of a scalar, both [S]: lines that hold two finite numbers.
 
         Args:
+            over: what the curve is drawn over, `step` or `samples`.
             distilling: leave out lines with alpha 0, where KL and hardness were not computed and read 0.
         """
-        kept = [r for r in self.rows if _is_number(r.get(key)) and not (distilling and not r.get("alpha"))]
-        return np.array([r["step"] for r in kept], float), np.array([r[key] for r in kept], float)
+        kept = [r for r in self.rows if _is_number(r.get(key)) and _is_number(r.get(over))]
+        kept = [r for r in kept if r.get("alpha") or not distilling]
+        return np.array([r[over] for r in kept], float), np.array([r[key] for r in kept], float)
 
     def expert_load(self) -> tuple[Floats, Floats] | None:
         """(steps [S], share of tokens [S, L, E], summing to 1 over E); None for a dense model."""
@@ -83,7 +85,7 @@ class JobCurves:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One small plot of a logged scalar over steps."""
+    """One small plot of a logged scalar."""
 
     key: str
     title: str
@@ -92,6 +94,10 @@ class Panel:
     idle: float = 0.0
     """What jobs log that do not use this at all: a job with nothing else is not drawn."""
     top: float | None = None
+    bottom: float | None = 0.0
+    """None: as low as the values go, with a line at 0."""
+    band: tuple[str, str] | None = None
+    """Scalars between which a pale band is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +171,17 @@ def training_curves(jobs: Sequence[JobCurves]) -> str:
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 def schedule_curves(jobs: Sequence[JobCurves]) -> str:
-    """Release alpha, competence of the sampler and measured hardness over steps, one line per job."""
+    """Release, competence, tilt, hardness, reads of the store and the gap over samples seen, one line per job."""
     panels = (
-        Panel("alpha", "Weight of the teacher (alpha)", top=1.05),
-        Panel("competence", "Share of samples eligible (competence)", idle=1.0, top=1.05),
+        Panel("alpha", "Weight of the teacher (alpha)", top=1.05, band=("alpha_min", "alpha_max")),
+        Panel("competence", "Share of samples eligible", idle=1.0, top=1.05),
+        Panel("beta", "Tilt to hard tokens (beta)", bottom=None),
         Panel("token_hardness", "Token hardness (mean)", distilling=True),
+        Panel("targets_read", "Targets read in a step (samples)"),
+        Panel("gap", "Gap to the teacher (nats a token)", bottom=None),
     )
-    return _line_panels("schedules", "Release, competence and hardness during training", jobs, panels, smooth=False)
+    title = "Release, competence, tilt and hardness over samples seen"
+    return _line_panels("schedules", title, jobs, panels, smooth=False, over="samples")
 
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
@@ -235,20 +245,27 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _line_panels(name: str, title: str, jobs: Sequence[JobCurves], panels: Sequence[Panel], *, smooth: bool) -> str:
-    figure, axes = _figure(len(panels), height=2.7)
+def _line_panels(
+    name: str, title: str, jobs: Sequence[JobCurves], panels: Sequence[Panel], *, smooth: bool, over: str = "step"
+) -> str:
+    """Three panels a row."""
+    rows = -(-len(panels) // 3)
+    figure, axes = _figure(3, height=2.35 * rows + 0.35, rows=rows)
     handles: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
-        drawn = {job.label: line for job in jobs if (line := _draw_line(axis, job, panel, smooth=smooth))}
+        drawn = {job.label: line for job in jobs if (line := _draw_line(axis, job, panel, over, smooth=smooth))}
         handles |= drawn
         if not drawn:
             axis.text(0.5, 0.5, "not used", transform=axis.transAxes, ha="center", color=MUTED)
         axis.set_title(panel.title)
-        axis.set_xlabel("optimizer step")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_xlabel({"step": "optimizer step", "samples": "samples seen"}[over])
+        axis.xaxis.set_major_locator(MaxNLocator(5 if over == "step" else 4, integer=True))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.grid(axis="y")
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0, top=panel.top)
+        axis.set_xlim(left=0, right=_last(jobs, over))
+        axis.set_ylim(bottom=panel.bottom, top=panel.top)
+        if panel.bottom is None:
+            axis.axhline(0, color=MUTED, linewidth=0.8, zorder=1)
     shown = [job.label for job in jobs if job.label in handles]
     if shown:
         lines = [handles[label] for label in shown]
@@ -256,11 +273,20 @@ def _line_panels(name: str, title: str, jobs: Sequence[JobCurves], panels: Seque
     return _svg(figure, name, title)
 
 
-def _draw_line(axes: Axes, job: JobCurves, panel: Panel, *, smooth: bool) -> Any:
+def _last(jobs: Sequence[JobCurves], over: str) -> float | None:
+    """Where the longest job ends, so that all panels share their x axis."""
+    return max((float(row[over]) for job in jobs for row in job.rows if _is_number(row.get(over))), default=None)
+
+
+def _draw_line(axes: Axes, job: JobCurves, panel: Panel, over: str, *, smooth: bool) -> Any:
     """The line, or None if the job logged nothing but the idle value."""
-    steps, values = job.series(panel.key, distilling=panel.distilling)
+    steps, values = job.series(panel.key, over=over, distilling=panel.distilling)
     if not (values != panel.idle).any():
         return None
+    if panel.band:
+        (low_x, low), (_, high) = (job.series(key, over=over) for key in panel.band)
+        if len(low) == len(high):
+            axes.fill_between(low_x, low, high, color=job.colour, alpha=0.2, linewidth=0)
     if smooth and len(values) >= 12:
         axes.plot(steps, values, color=job.colour, linewidth=0.7, alpha=0.28)
         values = _running_mean(values, len(values) // 12)

@@ -1,8 +1,10 @@
 """One optimizer step: forwards, losses as global sums, backwards, and what the step measured.
 
-Shapes: N answer tokens of a micro-batch, B samples, T all positions of the padded batch, L MoE layers, E experts.
+Shapes: N answer tokens of a micro-batch, B samples, T all positions of the padded batch, L MoE layers, E experts,
+J feature rows (see `features`).
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +16,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline import hardness, losses, moe
+from pipeline import losses, moe
 from pipeline.batches import MicroBatch
-from pipeline.config import JobConfig
+from pipeline.config import FeatureConfig, JobConfig
+from pipeline.features import SETTING, HiddenStates, gather, mapped
 from pipeline.fused_head import FusedHead, fused_distillation_loss
-from pipeline.losses import DistillationTerms
+from pipeline.losses import DistillationTerms, FeatureTerms
+from pipeline.pooling import instance_scores
 from pipeline.vision import VisionProbe, cell_loss
 
 
@@ -44,15 +48,22 @@ class StepStats:
         dist.all_reduce(total)
         self.sums = dict(zip(keys, total.tolist(), strict=True))
 
-    def gather_scores(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """(table index, instance score) of every sample distilled in this step, over all ranks, sorted by index."""
+    def gather_scores(self, most: int, device: torch.device) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(table index, instance score) of every sample distilled in this step, over all ranks, sorted by index.
+
+        One collective of `most` rows a rank: the largest share of the global batch. Ranks may fill any number of them.
+        """
         index = torch.cat(self.index) if self.index else torch.zeros(0, dtype=torch.int64)
         scores = torch.cat(self.scores) if self.scores else torch.zeros(0)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, (index.cpu().numpy(), scores.float().cpu().numpy()))
-        all_index, all_scores = (np.concatenate([g[i] for g in gathered]) for i in (0, 1))
-        order = np.argsort(all_index, kind="stable")
-        return all_index[order], all_scores[order]
+        assert len(index) == len(scores) <= most, (len(index), len(scores), most)
+        rows = torch.full((most, 2), -1.0, dtype=torch.float64)  # float64 holds every index and score exactly
+        rows[: len(index), 0], rows[: len(index), 1] = index.double(), scores.double()
+        gathered = [torch.empty_like(rows, device=device) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.to(device))
+        filled = torch.cat(gathered).cpu().numpy()
+        filled = filled[filled[:, 0] >= 0]
+        filled = filled[np.argsort(filled[:, 0], kind="stable")]
+        return filled[:, 0].astype(np.int64), filled[:, 1].astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,13 @@ class StepContext:
     """Token tilt of this step; 0 without H2G."""
     normaliser: float
     """Mean KL weight of past global batches; the current weights are divided by it."""
+    feature_normaliser: float = 1.0
+    """The same of the feature term's weights."""
+
+    @property
+    def features(self) -> FeatureConfig | None:
+        """Settings of the feature term; None without it."""
+        return self.job.distill.active_features if self.job.distill else None
 
     @property
     def gradient_scale(self) -> float:
@@ -87,23 +105,50 @@ def run_step(context: StepContext, micro_batches: Sequence[MicroBatch], *, stop:
     """
     stats = StepStats()
     device = context.engine.device
-    count = torch.tensor([sum(len(m.labels_N) for m in micro_batches)], dtype=torch.float64, device=device)
-    dist.all_reduce(count)
-    num_tokens = max(float(count), 1.0)
+    counts = [sum(len(m.labels_N) for m in micro_batches), sum(m.features.count for m in micro_batches if m.features)]
+    total = torch.tensor(counts, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    num_tokens, num_features = (max(n, 1.0) for n in total.tolist())
     for position, micro in enumerate(micro_batches):
         if position:
             context.engine.step()  # accumulation boundary: no optimizer step happens here
-        loss = _forward(context, micro.to(device, next(context.engine.module.parameters()).dtype), num_tokens, stats)
+        moved = micro.to(device, next(context.engine.module.parameters()).dtype)
+        loss = _forward(context, moved, num_tokens, num_features, stats)
         context.engine.backward(loss * context.gradient_scale)
     stats.add(stop=stop)
     stats.reduce(device)
     return stats
 
 
-def _forward(context: StepContext, micro: MicroBatch, num_tokens: float, stats: StepStats) -> Tensor:
+def _forward(
+    context: StepContext, micro: MicroBatch, num_tokens: float, num_features: float, stats: StepStats
+) -> Tensor:
     """This rank's share of the global loss: summed over ranks and micro-batches it is METHOD section 7's L."""
+    with _hidden_states(context) as states:
+        terms = _head_loss(context, micro)
+    loss = terms.loss_sum / num_tokens
+    stats.add(
+        tokens=len(micro.labels_N),
+        samples=len(micro.sample_ids),
+        positions=micro.inputs["attention_mask"].sum(),
+        targets_read=micro.targets_read,
+    )
+    stats.add(loss=terms.loss_sum.detach(), ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
+    features = None
+    if states is not None and context.features is not None:
+        features = _feature_terms(context, states.hidden_BSD, micro, stats)
+        loss = loss + context.features.weight * features.loss_sum / num_features
+    _measure_hardness(context, micro, terms, features, stats)
+    if context.vision is not None and micro.cells_CV is not None:
+        loss = loss + _vision_loss(context, context.vision.take(), micro, stats)
+    if context.probe is not None:
+        loss = loss + router_loss(context, context.probe.take(), micro.inputs["attention_mask"], stats)
+    return loss
+
+
+def _head_loss(context: StepContext, micro: MicroBatch) -> DistillationTerms:
     distill = context.job.distill
-    terms = context.head.loss(
+    return context.head.loss(
         partial(context.engine, **micro.inputs, logits_to_keep=micro.keep, use_cache=False),
         micro.rows_BW,
         partial(
@@ -117,19 +162,31 @@ def _forward(context: StepContext, micro: MicroBatch, num_tokens: float, stats: 
             normaliser=context.normaliser,
         ),
     )
-    loss = terms.loss_sum / num_tokens
-    stats.add(
-        tokens=len(micro.labels_N),
-        samples=len(micro.sample_ids),
-        positions=micro.inputs["attention_mask"].sum(),
+
+
+def _hidden_states(context: StepContext) -> contextlib.AbstractContextManager[HiddenStates | None]:
+    if context.features is None:
+        return contextlib.nullcontext()
+    return HiddenStates(context.engine.module, context.features.student_layer, SETTING, "student")
+
+
+def _feature_terms(context: StepContext, hidden_BSD: Tensor, micro: MicroBatch, stats: StepStats) -> FeatureTerms:
+    """The feature term. W runs on every rank in every micro-step, on no rows if need be: ZeRO reduces its gradient."""
+    targets = micro.features
+    assert targets is not None, "the job has features, the micro-batch has no sketches"
+    mapped_JR = mapped(context.engine.module, gather(hidden_BSD, targets.places))
+    terms = losses.feature_loss(
+        mapped_JR, targets.sketch_JR, targets.alpha_J, beta=context.beta, normaliser=context.feature_normaliser
     )
-    stats.add(loss=terms.loss_sum.detach(), ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
-    _measure_hardness(context, micro, terms, stats)
-    if context.vision is not None and micro.cells_CV is not None:
-        loss = loss + _vision_loss(context, context.vision.take(), micro, stats)
-    if context.probe is not None:
-        loss = loss + _router_loss(context, context.probe.take(), micro.inputs["attention_mask"], stats)
-    return loss
+    stats.add(
+        features=targets.count,
+        feature_loss=terms.loss_sum.detach(),
+        feature_alpha=terms.weight_count,
+        feature_weight=terms.weight_sum,
+        feature_hardness=terms.distance_J.sum(),
+        feature_rows=len(terms.distance_J),
+    )
+    return terms
 
 
 def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, stats: StepStats) -> Tensor:
@@ -141,29 +198,54 @@ def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, s
     return context.job.vision_words * loss / context.job.global_batch_size
 
 
-def _measure_hardness(context: StepContext, micro: MicroBatch, terms: DistillationTerms, stats: StepStats) -> None:
-    """Token and instance hardness of the samples whose KL was computed: no extra forward."""
+def _measure_hardness(
+    context: StepContext,
+    micro: MicroBatch,
+    terms: DistillationTerms,
+    features: FeatureTerms | None,
+    stats: StepStats,
+) -> None:
+    """Token and instance hardness of the samples that the teacher still teaches: no extra forward."""
     stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weight=0, weight_count=0)
-    if terms.kl_N is None or terms.hardness_N is None:
+    parts = []
+    if terms.kl_N is not None and terms.hardness_N is not None:
+        on_N = micro.alpha_N > 0
+        stats.add(kl=terms.kl_N[on_N].sum(), distilled=on_N.sum(), token_hardness=terms.hardness_N[on_N].sum())
+        stats.add(weight=terms.weight_sum, weight_count=terms.weight_count)
+        chased_N = losses.chased_hardness(terms.hardness_N, terms.gate_N if context.job.hardness.gate else None)
+        parts.append(_pooled(context, micro, chased_N, micro.sample_N, micro.request.alpha_B))
+    if features is not None and micro.features is not None and micro.request.feature_alpha_B is not None:
+        sample_J, alpha_B = micro.features.sample_J, micro.request.feature_alpha_B
+        parts.append(_pooled(context, micro, features.distance_J, sample_J, alpha_B))
+    if not parts:
         return
-    on_N = micro.alpha_N > 0
-    on_B = torch.from_numpy(micro.request.alpha_B > 0)
-    scores_B = hardness.instance_scores(
-        terms.hardness_N,
-        micro.sample_N,
-        len(micro.sample_ids),
-        tail_weight=context.job.hardness.tail_weight,
-        tail_share=context.job.hardness.tail_share,
-    ).cpu()
+    scores_B = torch.stack(parts).nanmean(0)
+    on_B = scores_B.isfinite()
     stats.index.append(torch.from_numpy(micro.request.index_B)[on_B])
     stats.scores.append(scores_B[on_B])
-    stats.add(kl=terms.kl_N[on_N].sum(), distilled=on_N.sum(), token_hardness=terms.hardness_N[on_N].sum())
     stats.add(instance_hardness=scores_B[on_B].sum(), scored=on_B.sum())
-    stats.add(weight=terms.weight_sum, weight_count=terms.weight_count)
 
 
-def _router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, stats: StepStats) -> Tensor:
-    """Load-balance and z-loss of every MoE layer. Fractions are counted over all ranks of this micro-step."""
+def _pooled(
+    context: StepContext, micro: MicroBatch, hardness_X: Tensor, sample_X: Tensor, alpha_B: NDArray[np.float32]
+) -> Tensor:
+    """Instance score [B] of one granularity, on the CPU; NaN for samples released from it."""
+    settings = context.job.hardness
+    scores_B = instance_scores(
+        hardness_X,
+        sample_X,
+        len(micro.sample_ids),
+        tail_weight=settings.tail_weight,
+        tail_share=settings.tail_share,
+    )
+    return torch.where(torch.from_numpy(alpha_B > 0), scores_B, torch.nan)
+
+
+def router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, stats: StepStats) -> Tensor:
+    """This rank's share of the load-balance and z-loss of every MoE layer, padding excluded. Collective.
+
+    Fractions are counted over all ranks of this micro-step; micro-steps are averaged.
+    """
     valid_T = mask_BS.flatten().bool()
     load_LE = torch.stack([moe.expert_counts(x_TE, context.top_k, valid_T) for x_TE in logits])
     packed = torch.cat([load_LE.flatten().double(), valid_T.sum().double()[None]])
@@ -171,11 +253,19 @@ def _router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, st
     load_LE, num_valid = packed[:-1].view_as(load_LE), float(packed[-1])
     stats.router_load_LE = load_LE if stats.router_load_LE is None else stats.router_load_LE + load_LE
     share = 1.0 / (num_valid * context.engine.gradient_accumulation_steps())
+    dropped_L = context.probe.dropped() if context.probe else None
+    if dropped_L is not None:
+        stats.add(dropped=dropped_L.sum())
     total = logits[0].new_zeros(())
     for layer, (logits_TE, load_E) in enumerate(zip(logits, load_LE, strict=True)):
         balance = losses.balance_loss(logits_TE, valid_T, (load_E / load_E.sum()).float())
         z = losses.router_z_loss(logits_TE, valid_T)
         total = total + share * (context.job.router.balance * balance + context.job.router.z * z)
-        stats.add(balance=balance.detach() * share, z=z.detach() * share)
-        stats.add(**{f"router_entropy/{layer}": losses.router_entropy(logits_TE.detach(), valid_T) * share})
+        stats.add(
+            **{
+                f"balance/{layer}": balance.detach() * share,
+                f"z/{layer}": z.detach() * share,
+                f"router_entropy/{layer}": losses.router_entropy(logits_TE.detach(), valid_T) * share,
+            }
+        )
     return total

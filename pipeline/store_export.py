@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from pipeline.data import Sample
 from pipeline.errors import StoreError
-from pipeline.target_store import FEATURES, SoftTargetStore, columns_of
+from pipeline.target_store import SoftTargetStore, columns_of, features
 
 SCHEMA = pa.schema(
     [
-        *FEATURES.arrow_schema,
+        *features().arrow_schema,
         pa.field("prompt", pa.string()),
         pa.field("answer", pa.string()),
         pa.field("images", pa.list_(pa.string())),

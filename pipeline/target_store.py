@@ -4,9 +4,8 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,17 +16,8 @@ from pipeline.shards import CommitRecord, ShardIndex
 from pipeline.storage import Folder
 from pipeline.targets import SoftTargets, concatenate
 
-FEATURES = datasets.Features(
-    {
-        "sample_id": datasets.Value("string"),
-        "ids": datasets.List(datasets.List(datasets.Value("int32"))),
-        "logprobs": datasets.List(datasets.List(datasets.Value("float32"))),
-        "tail_logprob": datasets.List(datasets.Value("float32")),
-        "gold_logprob": datasets.List(datasets.Value("float32")),
-        "entropy": datasets.List(datasets.Value("float32")),
-    }
-)
-"""Columns of `to_dataset`: lists over answer tokens, `ids` and `logprobs` of lists over kept entries."""
+if TYPE_CHECKING:  # slow to import, and no stage of the pipeline needs it
+    import datasets
 
 
 class SoftTargetStore(RecordStore):
@@ -62,8 +52,8 @@ class SoftTargetStore(RecordStore):
         raws, tokens = zip(*map(self.read_record, sample_ids), strict=True)
         return CODECS[self._codec].decode(np.concatenate(raws), sum(tokens), self._spec), list(tokens)
 
-    def to_dataset(self, **options: Any) -> datasets.Dataset:
-        """All samples as a memory-mapped `datasets.Dataset` with the columns `FEATURES`, cached by `datasets`.
+    def to_dataset(self, **options: Any) -> "datasets.Dataset":
+        """All samples as a memory-mapped `datasets.Dataset` with the columns `features()`, cached by `datasets`.
 
         Args:
             options: of `datasets.Dataset.from_generator`, as `cache_dir` or `num_proc`.
@@ -71,16 +61,27 @@ class SoftTargetStore(RecordStore):
         Raises:
             StoreError: a record does not match its checksum.
         """
+        import datasets
+
         digest = identity_digest({**self.identity, "shards": [record.xxh3_128 for record in self.records]})
         made = datasets.Dataset.from_generator(
             _dataset_rows,
-            features=FEATURES,
+            features=features(),
             gen_kwargs={"store": self, "sample_ids": self.sample_ids},
             fingerprint=digest,
             **options,
         )
         assert isinstance(made, datasets.Dataset)
         return made
+
+
+def features() -> "datasets.Features":
+    """Columns of `to_dataset`: lists over answer tokens, `ids` and `logprobs` of lists over kept entries."""
+    from datasets import Features, List, Value
+
+    columns = {"sample_id": Value("string")}
+    columns |= {"ids": List(List(Value("int32"))), "logprobs": List(List(Value("float32")))}
+    return Features(columns | {name: List(Value("float32")) for name in ("tail_logprob", "gold_logprob", "entropy")})
 
 
 def write_targets(writer: RecordWriter, shard: int, samples: Sequence[tuple[str, SoftTargets]]) -> CommitRecord:

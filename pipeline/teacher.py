@@ -22,16 +22,17 @@ import torch
 import xxhash
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline import sketches
 from pipeline.codecs import identity_of, make_spec
 from pipeline.command_line import parse_args
+from pipeline.compatibility import check_compatible, check_own_files
 from pipeline.config import Recipe
 from pipeline.data import Sample, read_samples, require_answers
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.leases import ShardLeases, clear_leases
-from pipeline.models import batch_attention, check_compatible, compute_device, load_model, weights_hash
+from pipeline.models import batch_attention, compute_device, load_model, weights_hash
 from pipeline.processor import Batch, Processor, collate
 from pipeline.records import Identity, RecordWriter
 from pipeline.shards import FORMAT_VERSION, CommitRecord
@@ -105,10 +106,11 @@ def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
         UserError: the teacher is not there.
     """
     teacher_dir = recipe.model_dir(recipe.targets.teacher)
-    vocab_size = _vocab_size(teacher_dir)
+    if not (teacher_dir / "config.json").is_file():
+        raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
     return {
         "format_version": FORMAT_VERSION,
-        **identity_of(recipe.targets.codec, make_spec(recipe.targets, vocab_size)),
+        **identity_of(recipe.targets.codec, make_spec(recipe.targets, processor.vocab_size)),
         **sketches.identity_of(recipe.targets.sketches),
         "temperature": recipe.targets.temperature,
         "dtype": recipe.targets.dtype,
@@ -158,6 +160,7 @@ def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
     path = recipe.model_dir(settings.teacher)
     model = load_model(path, dtype, attention=batch_attention(), device_map=settings.device_map)
     check_compatible(model, processor)
+    check_own_files(path, processor, recipe.data)
     if settings.device_map is None:
         torch.nn.Module.to(model, compute_device(recipe.run.device))
     return model
@@ -202,7 +205,7 @@ def _write_shards(
 
         for shard, batches in _encoded_windows(recipe, processor, todo, take):
             for batch in batches:
-                outputs = batch_outputs(model, batch, recipe.targets)
+                outputs = batch_outputs(model, batch, recipe.targets, processor.vocab_size)
                 done.targets.update(outputs.targets)
                 done.sketches.update(outputs.sketches)
                 cut_tokens += outputs.cut_tokens
@@ -254,13 +257,6 @@ def _encoded_windows(
     dataset = EncodedWindows(windows, processor, recipe.targets.batch_size)
     # A worker of the loader encodes while this process computes.
     yield from DataLoader(dataset, batch_size=None, sampler=taken, num_workers=max(1, recipe.data.workers))
-
-
-def _vocab_size(teacher_dir: Path) -> int:
-    """Columns of the teacher's logits, which may be padded beyond the tokenizer."""
-    if not (teacher_dir / "config.json").is_file():
-        raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
-    return int(AutoConfig.from_pretrained(str(teacher_dir)).get_text_config().vocab_size)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

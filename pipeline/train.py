@@ -2,7 +2,8 @@
 
     deepspeed train.py --config RECIPE.yaml --deepspeed_config ds_configs/X.json job=NAME
 
-Exit codes: 0 done; 2 refused, nothing lost; 85 checkpointed after SIGTERM or SIGUSR1, start it again to go on.
+Exit codes: 0 done; 2 refused, nothing lost; 75 lost contact with another rank, 85 checkpointed after SIGTERM or
+SIGUSR1: start it again to go on.
 """
 
 import argparse
@@ -15,28 +16,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline import checkpoint, curriculum, export, models, moe
-from pipeline.batches import MicroBatch, MicroBatches, Request, iterate
+from pipeline import checkpoint, compatibility, curriculum, engine, export, features, models, moe
+from pipeline.batches import MicroBatch, MicroBatches, Request, by_length, iterate
 from pipeline.command_line import parse_args
-from pipeline.config import CurriculumConfig, JobConfig, Recipe
+from pipeline.config import AdaptiveConfig, CurriculumConfig, FeatureConfig, JobConfig, Recipe
 from pipeline.data import read_samples, require_answers
 from pipeline.errors import ConfigError, UserError, run_main
+from pipeline.families import moe_layers
 from pipeline.fused_head import FusedHead
-from pipeline.hardness import HardnessTable
+from pipeline.hardness_table import HardnessTable
 from pipeline.losses import WeightNormaliser
 from pipeline.metrics import MetricsLogger
 from pipeline.plan import WindowPlan
 from pipeline.processor import Processor
-from pipeline.runtime import StopFlag, only_one, start_distributed
+from pipeline.release import ClosingGap
+from pipeline.runtime import StopFlag, contact, only_one, start_distributed
+from pipeline.schedules import Schedules
+from pipeline.sketches import SketchStore
 from pipeline.step import StepContext, StepStats, run_step
 from pipeline.target_store import SoftTargetStore
 from pipeline.teacher import dataset_fingerprint, expected_identity
+from pipeline.validation_gap import GapProbe, hold_out
 from pipeline.vision import CellWords, VisionProbe
 
 EXIT_REQUEUE = 85
@@ -44,11 +50,18 @@ EXIT_REQUEUE = 85
 
 @dataclass
 class Distillation:
-    """The teacher's side of a job: targets, hardness table, weight normaliser."""
+    """The teacher's side of a job: targets, hardness table, weight normalisers of the KL and the feature term."""
 
     store: SoftTargetStore
     table: HardnessTable
     normaliser: WeightNormaliser
+    gap: ClosingGap
+    """Stays empty unless the release is adaptive."""
+    probe: GapProbe | None
+    """What measures the gap, for an adaptive release."""
+    sketches: SketchStore | None
+    """None: a job without features."""
+    feature_normaliser: WeightNormaliser
 
 
 class Trainer:
@@ -56,6 +69,7 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any], stop: StopFlag) -> None:
         self.recipe, self.name, self.job, self.stop = recipe, name, job, stop
+        self.schedules = Schedules(job)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.dir = recipe.job_dir(name)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
@@ -64,14 +78,16 @@ class Trainer:
         self.distillation = self._open_distillation()
         self.engine = self._engine(ds_json)
         model_config = self.engine.module.config
-        moe.expect_converted(self.engine, model_config)
-        has_experts = bool(moe.moe_layers(model_config))
+        has_experts = bool(moe_layers(model_config))
         self.head = FusedHead(self.engine.module)
         self.probe = moe.RouterProbe(self.engine.module) if has_experts else None
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
         self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
         self.cells = CellWords(self.processor) if job.vision_words > 0 else None
-        self.step = 0
+        self.step, self.values = 0, dict[str, Any]()
+        self.template = (
+            export.template_files(recipe.model_dir(job.init), recipe.processor_dir) if self.rank == 0 else None
+        )
         window_steps = (job.curriculum or CurriculumConfig()).window_steps
         self.plan = WindowPlan(
             len(self.samples),
@@ -87,28 +103,49 @@ class Trainer:
     def _open_distillation(self) -> Distillation | None:
         if self.job.distill is None and self.job.curriculum is None:
             return None
-        store = SoftTargetStore.open(self.recipe.store_url, expected_identity(self.recipe, self.processor))
+        identity = expected_identity(self.recipe, self.processor)
+        store = SoftTargetStore.open(self.recipe.store_url, identity)
         ids = [s.sample_id for s in self.samples]
         store.require(ids, dataset_fingerprint(self.samples))
-        table = HardnessTable.load(self.recipe.run.dir / "hardness.parquet")
-        if list(table.sample_ids) != ids:
+        path = self.job.hardness.table or self.recipe.run.dir / "hardness.parquet"
+        table = HardnessTable.load(path)
+        if not table.is_of(ids):
             raise UserError(
-                f"{self.recipe.run.dir / 'hardness.parquet'}: made for {len(table.sample_ids)} other samples than the "
+                f"{path}: made for {len(table)} other samples than the "
                 f"{len(ids)} of this run. Make it again with `python -m pipeline.hardness`. Nothing was started."
             )
-        return Distillation(store, table, WeightNormaliser())
+        sketches = SketchStore.open(self.recipe.store_url, identity) if self._features() else None
+        probe = None
+        if len(self.schedules.gap_steps()):
+            self.samples, held_out = hold_out(self.samples, self._adaptive.samples, self.recipe.run.seed)
+            table = table.subset([s.sample_id for s in self.samples])
+            size, temperature = self.job.micro_batch_size, self.recipe.targets.temperature
+            probe = GapProbe(held_out, self.processor, store, micro_batch_size=size, temperature=temperature)
+        gap = ClosingGap(self._adaptive.ema)
+        return Distillation(store, table, WeightNormaliser(), gap, probe, sketches, WeightNormaliser())
+
+    @property
+    def _adaptive(self) -> AdaptiveConfig:
+        return self.job.distill.adaptive if self.job.distill else AdaptiveConfig()
+
+    def _features(self) -> FeatureConfig | None:
+        return self.job.distill.active_features if self.job.distill else None
 
     def _engine(self, ds_json: dict[str, Any]) -> Any:
-        model = models.load_model(self.recipe.model_dir(self.job.init), attention=models.batch_attention())
-        models.check_compatible(model, self.processor)
-        config = moe.prepare_deepspeed_config(ds_json, self.job, model.config, self.world)
+        folder = self.recipe.model_dir(self.job.init)
+        model = models.load_model(folder, attention=models.batch_attention())
+        compatibility.check_compatible(model, self.processor)
+        compatibility.check_own_files(folder, self.processor, self.recipe.data)
         if self.job.activation_checkpointing:
             moe.enable_activation_checkpointing(model)
         freeze(model, self.job.trainable)
+        wanted = self._features()
+        if wanted is not None and self.distillation is not None and self.distillation.sketches is not None:
+            features.HiddenStates(model, wanted.student_layer, f"jobs.{self.name}.{features.SETTING}", "student")
+            dim = int(self.distillation.sketches.identity["sketch_dim"])
+            features.attach_map(model, dim, self.recipe.run.seed)
         model.train()
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)
-        return engine
+        return engine.start(model, self.job, ds_json)
 
     # -- the loop ----------------------------------------------------------------------------------------------
 
@@ -121,7 +158,7 @@ class Trainer:
                 started = time.monotonic()
                 stats, measured = self._optimize(micro_batches)
                 self.step += 1
-                values = measured | _per_token(stats, waited, waited + time.monotonic() - started)
+                values = self.values = measured | _per_token(stats, waited, waited + time.monotonic() - started)
                 progress.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 progress.update()
                 finished, stopped = self.step == self.job.steps, stats.sums["stop"] > 0
@@ -131,7 +168,7 @@ class Trainer:
                     self._save()
                 if stopped and not finished:
                     return EXIT_REQUEUE
-        if self.rank == 0:
+        if self.rank == 0 and _exported(self.job):
             export.write_model(self.recipe, self.name)
         dist.barrier()
         return 0
@@ -140,42 +177,60 @@ class Trainer:
         return MetricsLogger(self.dir, resume_step=self.step) if self.rank == 0 else contextlib.nullcontext()
 
     def _steps(self) -> Iterator[tuple[list[MicroBatch], float]]:
-        """Micro-batches of each step and the seconds waited for them; read ahead within a window."""
+        """Micro-batches of each step and the seconds waited for them; read ahead until the plan or alpha can change."""
         store = self.distillation.store if self.distillation and self.job.distill else None
+        table = self.distillation.table if self.distillation else None
         while self.step < self.job.steps:
-            self.plan.refresh(self.step, self._tau(self.step), self.distillation.table if self.distillation else None)
-            steps = range(self.step, min(self.plan.end, self.job.steps))
+            tau = self.schedules.tau(self.step)
+            self.plan.settle(table)
+            self.plan.refresh(self.step, tau, table)
+            self._measure_gap()
+            measured = next((step for step in self.schedules.gap_steps() if step > self.step), self.job.steps)
+            steps = range(self.step, min(self.plan.end, measured, self.job.steps))
             requests = [self._requests(step) for step in steps]
             flat = [request for step_requests in requests for request in step_requests]
-            stream = iterate(MicroBatches(self.samples, self.processor, store, flat, self.cells), self.recipe.data)
-            for step_requests in requests:
+            sketches = self.distillation.sketches if self.distillation else None
+            dataset = MicroBatches(self.samples, self.processor, store, flat, self.cells, sketches)
+            stream = iterate(dataset, self.recipe.data)
+            for step, step_requests in zip(steps, requests, strict=True):
                 started = time.monotonic()
-                yield [next(stream) for _ in step_requests], time.monotonic() - started
+                micro_batches = [next(stream) for _ in step_requests]
+                if self.plan.end < self.job.steps:  # after `next`, so that no worker is forked while a thread plans
+                    self.plan.look_ahead(step, self.schedules.tau(self.plan.end), table)
+                yield micro_batches, time.monotonic() - started
 
     def _requests(self, step: int) -> list[Request]:
         """This rank's micro-batches of a step: table indices and alpha of each sample."""
         index_G, percentile_G = self.plan.batch(step)
-        distill = self.job.distill
-        alpha_G = (
-            curriculum.release_alpha(self._tau(step), percentile_G, distill) if distill else 0 * percentile_G
-        ).astype("float32")
+        alpha_G = self.schedules.alpha(step, percentile_G, self._gap)
+        order_G = by_length(self.samples, index_G)
         positions = curriculum.rank_share(self.job.global_batch_size, self.rank, self.world, self.job.micro_batch_size)
-        return [Request(index_G[p], alpha_G[p]) for p in positions]
+        feature_G = self.schedules.feature_alpha(step, percentile_G, self._gap)
+        places = [order_G[p] for p in positions]
+        if feature_G is None:
+            return [Request(index_G[p], alpha_G[p]) for p in places]
+        return [Request(index_G[p], alpha_G[p], feature_G[p]) for p in places]
 
-    def _tau(self, step: int) -> float:
-        """Share of training done, in samples."""
-        return step / self.job.steps
+    @property
+    def _gap(self) -> ClosingGap | None:
+        return self.distillation.gap if self.distillation else None
+
+    def _measure_gap(self) -> None:
+        """Measure the gap where it is due, once, and as long as it holds the teacher."""
+        distillation, tau = self.distillation, self.schedules.tau(self.step)
+        if distillation is None or distillation.probe is None or self.step not in self.schedules.gap_steps():
+            return
+        if distillation.gap.last_tau < tau and distillation.gap.left > 0:
+            distillation.gap.add(tau, distillation.probe.measure(self.engine, self.head))
 
     def _optimize(self, micro_batches: list[MicroBatch]) -> tuple[StepStats, dict[str, Any]]:
         """One optimizer step, refused before it happens when the loss is not finite on any rank."""
         lr = learning_rate(self.job, self.step)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        settings = self.job.curriculum or CurriculumConfig()
-        competence = curriculum.competence(self._tau(self.step), settings.competence_start, settings.competence_until)
-        tilt = self.job.distill.token_tilt if self.job.distill else 0.0
-        beta = curriculum.tilt(competence, settings.competence_start, tilt)
+        beta = self.schedules.token_beta(self.step)
         normaliser = self.distillation.normaliser.value if self.distillation else 1.0
+        feature_normaliser = self.distillation.feature_normaliser.value if self.distillation else 1.0
         context = StepContext(
             engine=self.engine,
             head=self.head,
@@ -186,6 +241,7 @@ class Trainer:
             temperature=self.recipe.targets.temperature,
             beta=beta,
             normaliser=normaliser,
+            feature_normaliser=feature_normaliser,
         )
         stats = run_step(context, micro_batches, stop=self.stop.raised)
         self._refuse_not_finite("loss", stats.sums["loss"], micro_batches)
@@ -198,10 +254,18 @@ class Trainer:
             "samples": (self.step + 1) * self.job.global_batch_size,
             "lr": lr,
             "grad_norm": grad_norm,
-            "competence": competence if self.job.curriculum else 1.0,
+            "competence": self.schedules.competence(self.step) if self.job.curriculum else 1.0,
             "beta": beta,
             "normaliser": normaliser,
-        }
+        } | self._release_metrics()
+
+    def _release_metrics(self) -> dict[str, float]:
+        """Range of alpha over the global batch; what an adaptive release follows."""
+        alpha_G = self.schedules.alpha(self.step, self.plan.batch(self.step)[1], self._gap)
+        values = {"alpha_min": float(alpha_G.min()), "alpha_max": float(alpha_G.max())}
+        if self._gap is not None and self._gap.gap is not None:
+            values |= {"gap": self._gap.gap, "gap_left": self._gap.left}
+        return values
 
     def _refuse_not_finite(self, what: str, value: float, micro_batches: Sequence[MicroBatch]) -> None:
         if math.isfinite(value):
@@ -217,20 +281,31 @@ class Trainer:
         if self.distillation is None or self.job.distill is None:
             return
         self.distillation.normaliser.update(stats.sums["weight"], stats.sums["weight_count"])
-        if self.job.hardness.dynamic:
-            index, scores = stats.gather_scores()
+        if "features" in stats.sums:
+            self.distillation.feature_normaliser.update(stats.sums["feature_weight"], stats.sums["feature_alpha"])
+        if self.job.distill is not None and self.job.hardness.dynamic:
+            most = -(-self.job.global_batch_size // self.world)
+            index, scores = stats.gather_scores(most, self.engine.device)
             self.distillation.table.update(index, scores, self.step, self.job.hardness.ema)
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        state: dict[str, Any] = {"fingerprint": self._fingerprint(), "plan": self.plan.state_dict()}
+        self.plan.settle(self.distillation.table if self.distillation else None)
+        state: dict[str, Any] = {
+            "fingerprint": self._fingerprint(),
+            "plan": self.plan.state_dict(),
+            "about": about(self.recipe, self.name, len(self.samples)),
+            "metrics": {name: value for name, value in self.values.items() if isinstance(value, float)},
+        }
         arrays = self.plan.arrays()
         if self.distillation:
             state["normaliser"] = self.distillation.normaliser.state_dict()
+            state["gap"] = self.distillation.gap.state_dict()
+            state["feature_normaliser"] = self.distillation.feature_normaliser.state_dict()
             arrays |= self.distillation.table.arrays()
         root, keep = self.dir / "checkpoints", self.job.keep_checkpoints
-        checkpoint.save(self.engine, root, self.step, state, arrays, keep)
+        checkpoint.save(self.engine, root, self.step, state, arrays, keep, self.template)
         if self.rank == 0 and self.distillation:
             self.distillation.table.save(self.dir / "hardness.parquet")
 
@@ -243,6 +318,8 @@ class Trainer:
         self.plan.load(loaded.state["plan"], loaded.arrays)
         if self.distillation:
             self.distillation.normaliser.load_state_dict(loaded.state["normaliser"])
+            self.distillation.gap.load_state_dict(loaded.state["gap"])
+            self.distillation.feature_normaliser.load_state_dict(loaded.state["feature_normaliser"])
             self.distillation.table.load_arrays(loaded.arrays)
 
     def _fingerprint(self) -> dict[str, Any]:
@@ -250,10 +327,30 @@ class Trainer:
 
 
 def settings(job: JobConfig, seed: int) -> dict[str, Any]:
-    """Settings that define the training's result; how it is spread over ranks is left out on purpose."""
+    """Settings that define the training's result; how it is spread over ranks is left out on purpose.
+
+    So is the kind of MoE layer, unless it drops tokens or has a residual expert: else both compute the same.
+    """
     free = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "activation_checkpointing"}
-    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=free))
-    return values | {"seed": seed}
+    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=free | {"moe_layer", "native_moe"}))
+    native = job.native_moe
+    return values | {
+        "seed": seed,
+        "native_moe": native.model_dump() if native.drop_tokens or native.use_residual else None,
+    }
+
+
+def about(recipe: Recipe, name: str, num_samples: int) -> dict[str, Any]:
+    """What a model card says of a job besides its settings. Names only: paths mean nothing elsewhere."""
+    data, teacher = recipe.data, recipe.targets.teacher
+    return {
+        "job": name,
+        "teacher": f"{teacher} ({recipe.model_dir(teacher).name})" if recipe.jobs[name].distill else None,
+        "data": {
+            "data": f"{recipe.data_root.name}, split {data.train_split}, {num_samples:,} samples",
+            "images": f"{data.min_pixels:,} to {data.max_pixels:,} pixels",
+        },
+    }
 
 
 def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -270,6 +367,16 @@ def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
     """Whether the job's final model is written: it was exported after the last step."""
     report = recipe.model_dir(f"jobs.{name}") / export.REPORT
     return report.is_file() and int(json.loads(report.read_text())["step"]) == job.steps
+
+
+def _exported(job: JobConfig) -> bool:
+    """False, and said, for the one kind of model that no Hugging Face architecture holds."""
+    if job.native_moe.use_residual:
+        print(
+            "native_moe.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
+            "no model is exported and nothing can be evaluated. The checkpoint is complete and training can go on."
+        )
+    return not job.native_moe.use_residual
 
 
 def freeze(model: PreTrainedModel, trainable: str) -> None:
@@ -297,22 +404,39 @@ def _per_token(stats: StepStats, waited: float, seconds: float) -> dict[str, Any
         "ce": sums["ce"] / tokens,
         "kl": sums["kl"] / distilled,
         "alpha": sums["alpha"] / tokens,
+        "targets_read": sums["targets_read"],
         "token_hardness": sums["token_hardness"] / distilled,
         "instance_hardness": sums["instance_hardness"] / scored,
         "tokens_per_s": sums["positions"] / seconds,
         "data_wait_s": waited,
         "step_s": seconds,
     }
+    if "features" in sums:
+        values |= {
+            "feature_loss": sums["feature_loss"] / sums["features"],
+            "feature_alpha": sums["feature_alpha"] / sums["features"],
+            "feature_hardness": sums["feature_hardness"] / max(sums["feature_rows"], 1.0),
+        }
     if "vision" in sums:
         values["vision"] = sums["vision"] / sums["samples"]
     if stats.router_load_LE is not None:
-        load = stats.router_load_LE / stats.router_load_LE.sum(-1, keepdim=True)
-        values |= {
-            "expert_load": load.tolist(),
-            "router_entropy": [sums[f"router_entropy/{layer}"] for layer in range(len(load))],
-            "balance": sums["balance"] / len(load),
-            "z": sums["z"] / len(load),
-        }
+        values |= router_metrics(sums, stats.router_load_LE)
+    return values
+
+
+def router_metrics(sums: Mapping[str, float], load_LE: Tensor) -> dict[str, Any]:
+    """Per layer and over layers; the worst layer's balance shows one that collapsed, which the mean would hide."""
+    layers = range(len(load_LE))
+    balance_L, z_L = ([sums[f"{name}/{layer}"] for layer in layers] for name in ("balance", "z"))
+    values: dict[str, Any] = {
+        "expert_load": (load_LE / load_LE.sum(-1, keepdim=True)).tolist(),
+        "router_entropy": [sums[f"router_entropy/{layer}"] for layer in layers],
+        "balance": sum(balance_L) / len(layers),
+        "balance_worst": max(balance_L),
+        "z": sum(z_L) / len(layers),
+    }
+    if "dropped" in sums:  # a share of all pairs of token and expert
+        values["dropped"] = sums["dropped"] / float(load_LE.sum())
     return values
 
 
@@ -348,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
     start_distributed()
     torch.manual_seed(recipe.run.seed)
-    with only_one(recipe.job_dir(name), dist.get_rank()):
+    with only_one(recipe.job_dir(name), dist.get_rank()), contact():
         return Trainer(recipe, name, job, ds_json, stop).run()
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from pipeline import checkpoint, moe
+from pipeline.engine import start
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -33,7 +34,7 @@ def main(spec: dict[str, Any]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = tiny.dense_model() if spec.get("dense") else tiny.moe_model()
     _freeze(model, spec.get("trainable", "all"))
-    engine = _engine(model, spec, world)
+    engine = _engine(model, spec)
     if spec.get("checkpointing"):
         moe.enable_activation_checkpointing(engine.module)
     converted = moe.expect_converted(engine, model.config)
@@ -67,11 +68,9 @@ def main(spec: dict[str, Any]) -> None:
     dist.destroy_process_group()
 
 
-def _engine(model: Any, spec: dict[str, Any], world: int) -> Any:
+def _engine(model: Any, spec: dict[str, Any]) -> Any:
     raw = json.loads(Path(spec["deepspeed"]).read_text()) if isinstance(spec["deepspeed"], str) else spec["deepspeed"]
-    config = moe.prepare_deepspeed_config(raw, tiny.job(**spec["job"]), model.config, world)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+    return start(model, tiny.job(**spec["job"]), raw)
 
 
 def _freeze(model: Any, trainable: str) -> None:

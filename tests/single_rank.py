@@ -10,7 +10,7 @@ import tiny
 import torch
 import torch.distributed as dist
 
-from pipeline import moe
+from pipeline.engine import start
 
 
 def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int | None = None, **job: object) -> Any:
@@ -18,8 +18,6 @@ def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int 
 
     `persistent`: elements up to which ZeRO-3 leaves a parameter whole; by default all of a tiny model's.
     """
-    import deepspeed
-
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     raw: dict[str, Any] = {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}
@@ -27,9 +25,7 @@ def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int 
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     if experts:
         raw["expert_parallel"] = {"enabled": True, "autoep_size": 1}
-    config = moe.prepare_deepspeed_config(raw, tiny.job(micro_batch_size=4, **job), model.config, 1)
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    return deepspeed.initialize(model=model, model_parameters=trainable, config=config)[0]
+    return start(model, tiny.job(micro_batch_size=4, **job), raw)
 
 
 def train(engine: Any, first: int, last: int) -> list[float]:

@@ -96,5 +96,5 @@ def alone(model, processor, sample):
     answer = [*processor.tokenizer.encode(sample.answer, add_special_tokens=False), processor.eos_id]
     before = len(encoded.input_ids) - len(answer)
     assert encoded.input_ids[before:].tolist() == answer
-    log_p = (logits.double() / TEMPERATURE).log_softmax(-1)
+    log_p = (logits[:, : len(processor.tokenizer)].double() / TEMPERATURE).log_softmax(-1)  # padding rows are no tokens
     return torch.tensor(answer), torch.stack([log_p[before + t - 1] for t in range(len(answer))])

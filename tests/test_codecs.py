@@ -341,6 +341,17 @@ def test_bytes_of_another_size_are_refused(codec):
             CODECS[codec].decode(bad, tokens, spec)
 
 
+@pytest.mark.parametrize("vocab", [50, QWEN_VOCAB])
+def test_damaged_bytes_of_sets_decode_to_ids_of_some_kind(vocab):
+    """Checksums find damage; without them it must not lead a loop astray: too few ones in unary, or too many."""
+    spec = Spec(vocab, 33, 5)
+    size, noise = 40 * compact_bytes(spec), np.random.default_rng(0).integers(0, 256, 40 * compact_bytes(spec))
+    for raw in (np.zeros(size, np.uint8), np.full(size, 255, np.uint8), noise.astype(np.uint8)):
+        ids = CODECS["compact"].decode(raw, 40, spec).ids
+        assert ids.shape == (40, 33)
+        assert ((ids >= 0) & (ids < 2 ** id_bits(vocab))).all()
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_tokens_are_fine(codec):
     spec = Spec(50, 4, 7, 9)

@@ -19,7 +19,7 @@ from pipeline.losses import DistillationTerms, distillation_loss
 from pipeline.targets import from_logits
 
 ROWS, VOCAB, WIDTH = 23, 120, 16
-MEASURES = ("loss_sum", "ce_N", "kl_N", "hardness_N", "weight_sum", "weight_count")
+MEASURES = ("loss_sum", "ce_N", "kl_N", "hardness_N", "gate_N", "weight_sum", "weight_count")
 
 
 def make_case(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -291,6 +291,7 @@ def test_every_zero_stage_trains_like_plain_torch(stage: int, trainable: str) ->
     found = single_rank.parameters(engine)
     moved = 0.0
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-6, msg=name)
+        # At this rate three steps grow the rounding of grouped products (1e-7) to 2e-6; a wrong scale moves 1e-3.
+        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-5, atol=1e-5, msg=name)
         moved = max(moved, float((parameter.detach() - before[name]).abs().max()))
     assert moved > 1e-2

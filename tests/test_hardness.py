@@ -3,14 +3,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import hardness
-from pipeline.command_line import load_recipe
 from pipeline.config import HardnessConfig
 from pipeline.data import Sample
 from pipeline.errors import CheckpointError, UserError
-from pipeline.hardness import HardnessTable, describe, instance_scores, prior_table, teacher_prior
+from pipeline.hardness import describe, prior_table
+from pipeline.hardness_table import HardnessTable, decay
+from pipeline.pooling import instance_scores, teacher_prior
 from pipeline.records import RecordWriter
-from pipeline.target_store import write_targets
+from pipeline.target_store import SoftTargetStore, write_targets
 from pipeline.targets import from_logits
 
 FOREVER = float("inf")
@@ -24,11 +24,14 @@ def make_table(num_samples=60, seed=0, strata=("general", "region", "suggestion"
 
 
 def rank_by_hand(values, strata):
-    """Percentile within each stratum by counting, one sample at a time."""
+    """Percentile within each stratum by counting, one sample at a time; values in 65,536 steps of the range."""
     ranks = []
-    for i, (value, stratum) in enumerate(zip(values, strata, strict=True)):
-        peers = [(v, j) for j, (v, s) in enumerate(zip(values, strata, strict=True)) if s == stratum]
-        ranks.append((sum(p < (value, i) for p in peers) + 0.5) / len(peers))
+    for value, stratum in zip(values, strata, strict=True):
+        peers = [float(v) for v, s in zip(values, strata, strict=True) if s == stratum]
+        low, width = min(peers), max(peers) - min(peers) or 1.0
+        codes = [int((v - low) * (65535 / width) + 0.5) for v in [*peers, float(value)]]
+        own = codes.pop()
+        ranks.append((sum(c < own for c in codes) + sum(c == own for c in codes) / 2) / len(peers))
     return np.array(ranks, np.float32)
 
 
@@ -101,7 +104,7 @@ def test_a_sample_never_visited_has_its_prior():
     table.update(np.array([3, 5]), np.array([0.9, 0.1], np.float32), step=7, ema=0.7)
     untouched = np.setdiff1d(np.arange(60), [3, 5])
     assert np.array_equal(table.difficulty[untouched], table.prior[untouched])
-    assert table.visits.sum() == 2
+    assert (table.last_step >= 0).sum() == 2
     assert table.last_step[3] == 7
     assert np.all(table.last_step[untouched] == -1)
 
@@ -111,7 +114,7 @@ def test_update_is_a_running_mean_that_the_first_score_starts():
     for step, score in enumerate((0.8, 0.4, 0.2)):
         table.update(np.array([4]), np.array([score], np.float32), step, ema=0.7)
     assert table.difficulty[4] == pytest.approx(0.7 * (0.7 * 0.8 + 0.3 * 0.4) + 0.3 * 0.2)
-    assert (table.visits[4], table.last_step[4]) == (3, 2)
+    assert table.last_step[4] == 2
 
 
 def test_update_does_not_depend_on_which_rank_saw_what():
@@ -129,20 +132,29 @@ def test_update_does_not_depend_on_which_rank_saw_what():
     assert tables[0][repeated] == pytest.approx(0.35 + 0.3 * scores[index == repeated].mean(), abs=1e-6)
 
 
-def test_a_visit_without_a_score_counts_and_changes_nothing_else():
+def test_no_score_changes_nothing():
     table = make_table()
     table.update(np.array([2, 9]), np.array([np.nan, 0.6], np.float32), 5, ema=0.7)
-    assert table.visits[[2, 9]].tolist() == [1, 1]
     assert table.difficulty[2] == table.prior[2]
     assert table.last_step[[2, 9]].tolist() == [-1, 5]
     table.update(np.array([2]), np.array([0.9], np.float32), 6, ema=0.7)
-    assert table.difficulty[2] == pytest.approx(0.9)  # the first score, although the second visit
+    assert table.difficulty[2] == pytest.approx(0.9)
+
+
+def test_draws_are_visits_and_visits_do_not_wrap():
+    table = make_table()
+    table.draw(np.array([3, 5, 3]), 4)
+    assert table.visits[[3, 4, 5]].tolist() == [2, 0, 1]
+    assert table.last_window[[3, 4, 5]].tolist() == [4, -1, 4]
+    table.visits[3] = 65534
+    table.draw(np.array([3, 3, 3]), 5)
+    assert table.visits[3] == 65535
 
 
 def test_no_visits_at_all_is_fine():
     table = make_table()
     table.update(np.zeros(0, np.int64), np.zeros(0, np.float32), 0, ema=0.7)
-    assert table.visits.sum() == 0
+    assert (table.last_step == -1).all()
 
 
 # -- percentiles -------------------------------------------------------------------------------------------------
@@ -150,7 +162,7 @@ def test_no_visits_at_all_is_fine():
 
 def test_percentile_equals_counting_within_the_stratum():
     table = make_table(num_samples=50)
-    table.prior[10:20] = table.difficulty[10:20] = 0.5  # ties go by sample_id
+    table.prior[10:20] = table.difficulty[10:20] = 0.5
     strata = [table.strata[c] for c in table.stratum]
     assert np.array_equal(table.percentile(step=0, half_life_steps=10.0), rank_by_hand(table.prior, strata))
 
@@ -165,12 +177,60 @@ def test_hardness_does_not_measure_the_stratum():
         assert rank[table.stratum == code].mean() == pytest.approx(0.5)
 
 
-def test_entries_relax_half_way_to_their_stratums_mean_in_a_half_life():
+def relaxed_by_hand(table, step, half_life):
+    """METHOD section 4, one sample at a time."""
+    columns = table.difficulty, table.prior, table.last_step, table.stratum
+    rows = [(float(d), float(p), int(t), int(s)) for d, p, t, s in zip(*columns, strict=True)]
+    values = []
+    for d, p, t, stratum in rows:
+        peers = [r for r in rows if r[3] == stratum]
+        moved = [a - b for a, b, last, _ in peers if last >= 0]
+        shift = sum(moved) / max(len(moved), 1)
+        mean = np.mean([a if last >= 0 else b + shift for a, b, last, _ in peers])
+        keep = 0.5 ** ((step - t) / half_life) if t >= 0 else 1.0
+        values.append(keep * d + (1 - keep) * mean if t >= 0 else p + shift)
+    return values
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_percentile_equals_the_method_by_hand(seed):
+    rng, table = np.random.default_rng(seed), make_table(num_samples=80, seed=seed)
+    for step in range(30):
+        index = rng.choice(60, 4)
+        table.update(index, rng.random(4).astype(np.float32), step, ema=0.7)
+    values = relaxed_by_hand(table, 30, 9.0)
+    strata = [table.strata[c] for c in table.stratum]
+    assert np.array_equal(table.percentile(step=30, half_life_steps=9.0), rank_by_hand(values, strata))
+
+
+def test_stale_entries_give_way_to_fresh_ones():
+    """0.9 and 0.6, mean 0.4625: when 0.9 is two half-lives old it counts as 0.57, below a fresh 0.6."""
     table = make_table(num_samples=4, strata=("all",))
-    table.update(np.arange(4), np.array([0.1, 0.2, 0.3, 1.0], np.float32), 0, ema=0.7)
-    table.update(np.array([0]), np.array([0.1], np.float32), 20, ema=0.7)  # 0 is fresh, the others 20 steps old
-    relaxed = table._relaxed(step=20, half_life_steps=20.0)
-    assert relaxed == pytest.approx([0.1, 0.3, 0.35, 0.7])  # mean 0.4
+    table.update(np.arange(4), np.array([0.05, 0.3, 0.6, 0.9], np.float32), 0, ema=0.7)
+    table.update(np.array([2]), np.array([0.6], np.float32), 20, ema=0.7)
+    assert table.percentile(step=20, half_life_steps=FOREVER).tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert table.percentile(step=20, half_life_steps=10.0).tolist() == [0.125, 0.375, 0.875, 0.625]
+
+
+def test_scores_from_a_later_step_than_this_count_as_fresh():
+    """A table that another job scored."""
+    table, fresh = make_table(), make_table()
+    scores = np.random.default_rng(3).random(60).astype(np.float32)
+    table.update(np.arange(60), scores, 900, ema=0.7)
+    fresh.update(np.arange(60), scores, 2, ema=0.7)
+    assert np.array_equal(table.percentile(step=2, half_life_steps=5.0), fresh.percentile(step=2, half_life_steps=5.0))
+
+
+def test_decay_halves_in_a_half_life():
+    assert decay(40, 10.0)[[0, 10, 20, 40]] == pytest.approx([1, 0.5, 0.25, 0.0625], rel=1e-14)
+    assert decay(3, FOREVER).tolist() == [1.0] * 4
+
+
+def test_equals_share_a_percentile():
+    table = HardnessTable(list("abcd"), ["x"] * 4, np.array([0.2, 0.5, 0.5, 0.9], np.float32))
+    assert table.percentile(step=0, half_life_steps=1.0).tolist() == [0.125, 0.5, 0.5, 0.875]
+    same = HardnessTable(list("abc"), ["x"] * 3, np.full(3, 0.3, np.float32))
+    assert same.percentile(step=0, half_life_steps=1.0).tolist() == [0.5] * 3
 
 
 def test_seen_easy_samples_do_not_outrank_unseen_hard_ones_while_the_student_is_weak():
@@ -195,7 +255,9 @@ def test_a_saved_table_is_read_back_exactly(tmp_path):
     loaded = HardnessTable.load(tmp_path / "hardness.parquet")
     for name in ("stratum", "prior", "difficulty", "visits", "last_step"):
         assert np.array_equal(getattr(loaded, name), getattr(table, name)), name
-    assert (loaded.sample_ids, loaded.strata) == (table.sample_ids, table.strata)
+    assert loaded.strata == table.strata
+    assert loaded.is_of([f"s{i:04d}" for i in range(60)]) and table.is_of([f"s{i:04d}" for i in range(60)])
+    assert not loaded.is_of([f"s{i:04d}" for i in range(1, 61)]) and not loaded.is_of([f"s{i:04d}" for i in range(59)])
     columns = {"sample_id", "hardness", "rank", "visits", "last_step", "stratum", "prior"}
     assert set(pq.read_table(tmp_path / "hardness.parquet").column_names) == columns
     assert [p.name for p in tmp_path.iterdir()] == ["hardness.parquet"]
@@ -209,7 +271,10 @@ def test_a_checkpoints_arrays_restore_the_table():
         expected = table.percentile(step=step, half_life_steps=10.0)
         assert np.array_equal(other.percentile(step=step, half_life_steps=10.0), expected)
     table.update(np.array([3]), np.array([0.2], np.float32), 8, ema=0.7)
-    assert other.visits[3] == 1  # a copy, not a view
+    assert other.last_step[3] == 7  # a copy, not a view
+    older = {k: v for k, v in table.arrays().items() if k != "hardness/last_window"}
+    with pytest.raises(CheckpointError, match="no hardness/last_window: an older version"):
+        other.load_arrays(older)
 
 
 def test_a_checkpoint_of_another_data_set_is_refused():
@@ -254,7 +319,7 @@ def write_store(root, samples, doubt):
     writer = RecordWriter(root, identity)
     targets = [(s.sample_id, soft_targets(20.0 / (1 + doubt * i), "best")) for i, s in enumerate(samples)]
     write_targets(writer, 0, targets)
-    return hardness.SoftTargetStore.open(root, None)
+    return SoftTargetStore.open(root, None)
 
 
 def test_prior_table_ranks_what_the_teacher_doubts(tmp_path):
@@ -269,19 +334,3 @@ def test_prior_table_ranks_what_the_teacher_doubts(tmp_path):
     assert text.count("hardest 0.") == 3
     assert text.count("easiest 0.") == 3
     assert "question 19" in text
-
-
-def test_the_stage_remakes_a_table_of_another_teacher(tmp_path, monkeypatch, capsys):
-    samples, recipe = make_samples(), tmp_path / "recipe.yaml"
-    recipe.write_text(f"run: {{dir: {tmp_path / 'run'}}}\n")
-    assert load_recipe(recipe).run.dir == tmp_path / "run"
-    stores = {doubt: write_store(tmp_path / f"store{doubt}", samples, doubt) for doubt in (1, 4)}
-    monkeypatch.setattr(hardness, "read_samples", lambda *_: samples)
-    path, seen = tmp_path / "run" / "hardness.parquet", []
-    for doubt in (1, 1, 4):
-        monkeypatch.setattr(hardness, "_store", lambda *_, doubt=doubt: stores[doubt])
-        hardness.main(["--config", str(recipe)])
-        seen.append((path.stat().st_mtime_ns, HardnessTable.load(path).prior))
-    assert seen[0][0] == seen[1][0]  # kept
-    assert not np.array_equal(seen[1][1], seen[2][1])  # made again
-    assert "20 samples" in capsys.readouterr().out

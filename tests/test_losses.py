@@ -9,6 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from pipeline.losses import (
     WeightNormaliser,
     balance_loss,
+    chased_hardness,
     cross_entropy_per_token,
     distillation_loss,
     learnability_gate,
@@ -447,3 +448,13 @@ def test_router_losses_of_pure_padding_backpropagate_zeros(loss):
     value = loss(logits, torch.zeros(5, dtype=torch.bool))
     assert value == 0
     assert torch.all(gradient(logits, value) == 0)
+
+
+def test_hardness_counts_until_the_teacher_is_clearly_wrong():
+    """A teacher worse by 2 s nats or less changes nothing, one worse by 12 takes all away."""
+    worse = torch.tensor([-20.0, 0.0, 1.9, 4.0, 12.0])
+    gate = learnability_gate(torch.zeros(5), worse * 0.5, scale=0.5)
+    counted = chased_hardness(torch.full((5,), 0.8), gate)
+    assert counted[:3].tolist() == pytest.approx([0.8] * 3)
+    assert counted[3:].tolist() == pytest.approx([1.6 / (1 + math.exp(2)), 0.0], abs=1e-4)
+    assert chased_hardness(torch.tensor([0.3]), None).tolist() == pytest.approx([0.3])

@@ -9,8 +9,9 @@ import single_rank
 import tiny
 import torch
 
-from pipeline import moe
+from pipeline import moe, topology
 from pipeline.errors import ConfigError
+from pipeline.families import moe_layers
 
 DS_CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 EP2: dict[str, Any] = {
@@ -32,7 +33,7 @@ def test_shipped_configurations_complete(path: Path) -> None:
     assert config["gradient_accumulation_steps"] == 2
     assert config["gradient_clipping"] == 0.05
     assert config["optimizer"]["params"]["torch_adam"] is True
-    assert moe.expert_parallel_size(config) == (1 if path.stem == "dense" else 2)
+    assert topology.expert_parallel_size(config) == (1 if path.stem in ("dense", "one_rank") else 2)
 
 
 def test_no_clipping_is_said_explicitly() -> None:
@@ -57,9 +58,10 @@ def test_dense_model_drops_expert_parallelism() -> None:
         (EP2 | {"optimizer": {"type": "Adam"}}, 2, {}, ["optimizer"]),
         (EP2 | {"scheduler": {"type": "WarmupLR"}}, 2, {}, ["scheduler"]),
         (EP2 | {"fp16": {"enabled": True}}, 2, {}, ["fp16", "bf16"]),
+        (EP2 | {"elasticity": {"enabled": True}}, 2, {}, ["remove `elasticity`"]),
         (EP2, 3, {"global_batch_size": 6}, ["autoep_size 2", "3 ranks"]),
         (EP2, 2, {"global_batch_size": 6}, ["global_batch_size 6", "= 4"]),
-        (EP2 | {"zero_optimization": {"stage": 0}}, 2, {}, ["stage 0", "clip"]),
+        (EP2 | {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 2, {}, ["stage 0", "bf16", "stage 1"]),
     ],
 )
 def test_refusals_name_both_values(raw: dict[str, Any], ranks: int, job: dict[str, Any], words: list[str]) -> None:
@@ -75,8 +77,8 @@ def test_experts_must_divide() -> None:
 
 
 def test_moe_layers() -> None:
-    assert moe.moe_layers(tiny.moe_model().config) == [1, 3]
-    assert moe.moe_layers(tiny.dense_model().config) == []
+    assert moe_layers(tiny.moe_model().config) == [1, 3]
+    assert moe_layers(tiny.dense_model().config) == []
 
 
 def test_probe_equals_hugging_face_router_logits() -> None:

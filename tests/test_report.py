@@ -18,10 +18,11 @@ from PIL import Image
 from pipeline import report, report_plots, results
 from pipeline.command_line import load_recipe
 from pipeline.config import ScenesConfig
-from pipeline.curriculum import competence, release_alpha
+from pipeline.curriculum import competence, tilt
 from pipeline.data import Sample, load_image, read_samples
-from pipeline.hardness import HardnessTable
+from pipeline.hardness_table import HardnessTable
 from pipeline.metrics import MetricsLogger
+from pipeline.release import release_alpha
 from pipeline.report_data import Answer, ResultBar, verdict
 from pipeline.results import Row
 from pipeline.scenes import write_scenes
@@ -124,14 +125,20 @@ def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
     with MetricsLogger(job_dir, resume_step=0) as logger:
         for step in range(5, STEPS + 1, 5):
             tau = step / STEPS
-            alpha = float(release_alpha(tau, np.full(1, 0.5, np.float32), distill)[0]) if distill else 0.0
+            percentile_G = np.array([0.5, 0.0, 1.0], np.float32)
+            alpha, most, least = release_alpha(tau, percentile_G, distill).tolist() if distill else (0.0, 0.0, 0.0)
             ce = 0.9 * np.exp(-3 * tau) + 0.35 - 0.02 * seed + 0.03 * rng.random()
             kl = 0.6 * np.exp(-2 * tau) + 0.03 * rng.random() if alpha else 0.0
             values = {
                 "ce": ce,
                 "kl": kl,
                 "loss": (1 - alpha) * ce + alpha * kl,
+                "samples": 16 * step,
                 "alpha": alpha,
+                "alpha_min": min(most, least),
+                "alpha_max": max(most, least),
+                "targets_read": 16.0 * (alpha > 0),
+                "beta": tilt(competence(tau, 0.3, 0.5), 0.3, 1.0) if name == "clkd" else 0.0,
                 "competence": competence(tau, 0.3, 0.5) if name == "clkd" else 1.0,
                 "token_hardness": np.sqrt(1 - np.exp(-kl)),
             }

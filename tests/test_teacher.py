@@ -47,7 +47,7 @@ def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished):
     rows = []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
     batch = collate(encoded, processor.pad_id, processor.image_token_id)
-    targets = list(batch_outputs(model, batch, finished.targets).targets.values())
+    targets = list(batch_outputs(model, batch, finished.targets, processor.vocab_size).targets.values())
     hook.remove()
     assert sum(rows) == sum(len(t) for t in targets)  # the full [B, S, V] never existed
     for sample, got in zip(chosen, targets, strict=True):
@@ -233,7 +233,7 @@ def test_a_teacher_that_gives_nan_writes_nothing(finished):
     model.model.language_model.norm.weight.data[3] = float("nan")
     batch = collate([processor.encode(samples[0])], processor.pad_id, processor.image_token_id)
     with pytest.raises(StoreError, match=f"not finite.*{samples[0].sample_id}"):
-        batch_outputs(model, batch, finished.targets)
+        batch_outputs(model, batch, finished.targets, processor.vocab_size)
 
 
 def test_user_errors(run, tmp_path):

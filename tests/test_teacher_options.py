@@ -197,7 +197,7 @@ def test_rows_are_the_same_whatever_side_is_padded(finished, side):
         lengths = batch["attention_mask"].sum(1)
         for key in ("input_ids", "attention_mask", "labels", "mm_token_type_ids"):
             batch[key] = torch.stack([row.roll(len(row) - int(n)) for row, n in zip(batch[key], lengths, strict=True)])
-    outputs = batch_outputs(model, batch, finished.targets)
+    outputs = batch_outputs(model, batch, finished.targets, processor.vocab_size)
     for sample in chosen:
         gold, log_p = alone(model, processor, sample)
         expected = log_p.gather(-1, gold[:, None])[:, 0]

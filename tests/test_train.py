@@ -13,9 +13,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3VLMoeForConditionalGeneration
 
 from pipeline import checkpoint
+from pipeline.batches import MODEL_INPUTS
+from pipeline.command_line import load_recipe
+from pipeline.data import read_samples
+from pipeline.hardness_table import HardnessTable
 from pipeline.models import weights_hash
+from pipeline.processor import Processor, collate
+from pipeline.target_store import SoftTargetStore
+from pipeline.validation_gap import hold_out
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -89,7 +97,7 @@ def saved_step(run):
 def last_order(run):
     """Table indices of the steps trained in the last window."""
     arrays = load_file(checkpoint.latest(run / "jobs" / "clkd" / "checkpoints") / "arrays.safetensors")
-    return arrays["plan/order"][: STEPS % WINDOW * BATCH]
+    return arrays["plan/index"][: STEPS % WINDOW * BATCH]
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +193,26 @@ def test_two_ranks_resume_on_one(run, uninterrupted):
     assert torch.equal(last_order(run), last_order(uninterrupted))
 
 
+def test_deepspeeds_own_moe_layer_goes_on_where_autoep_stopped(run, uninterrupted):
+    """Two ranks share the experts in both; the model is exported as after AutoEP."""
+    interrupt(run, after=2)
+    train(run, **{"jobs.clkd.moe_layer": "native"})
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-4)
+    last = json.loads((run / "jobs" / "clkd" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["dropped"] == 0.0  # AutoEP has no such metric
+    exported, wanted = (load_file(next((r / "jobs/clkd/model").glob("*.safetensors"))) for r in (run, uninterrupted))
+    assert exported.keys() == wanted.keys()
+
+
+def test_dropped_tokens_are_logged_and_a_residual_model_is_not_exported(run):
+    settings = "{drop_tokens: true, capacity_factor: 0.5, use_rts: true, use_residual: true}"
+    done = train(run, **{"jobs.clkd.moe_layer": "native", "jobs.clkd.native_moe": settings})
+    assert 0.3 < min(metrics(run, "dropped")) < 0.8  # of an even share half is kept
+    assert "no model is exported" in done.stdout
+    assert not (run / "jobs" / "clkd" / "model").exists()
+    assert any(".residual.mlp." in name for name in weights(run))
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run):
     path = run / "models" / "moe" / "model.safetensors"
     files = [path] if path.exists() else sorted((run / "models" / "moe").glob("*.safetensors"))
@@ -208,6 +236,79 @@ def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
     checkpoint.verify(last)
     assert all(bool(t.isfinite().all()) for _, t in checkpoint.read_parameters(last))
     assert not (run / "jobs" / "clkd" / "model").exists()
+
+
+ADAPTIVE = {
+    "lr": 3e-4,  # so that the gap closes little by little
+    "distill": {"release": "adaptive", "release_from": 0.0, "adaptive": {"samples": 9, "every": 0.25}},
+    "hardness": {"dynamic": False},
+}
+
+
+def make_adaptive(run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["jobs"]["clkd"] |= ADAPTIVE
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return run
+
+
+@pytest.fixture(scope="module")
+def adaptive(prepared, tmp_path_factory):
+    """A finished job on one rank whose release follows the gap to the teacher."""
+    copy = tmp_path_factory.mktemp("adaptive") / "run"
+    shutil.copytree(prepared, copy)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump({"run": {"dir": str(copy)}, **TINY}))
+    train(make_adaptive(copy), ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    return copy
+
+
+def release_of(run):
+    return [metrics(run, key) for key in ("alpha_min", "alpha_max", "gap_left", "targets_read")]
+
+
+def test_an_adaptive_release_follows_the_gap_that_transformers_and_the_store_say(adaptive):
+    """Before the first step: every held-out sample by itself through transformers' model, against the stored log p."""
+    recipe = load_recipe(adaptive / "recipe.yaml")
+    processor = Processor.load(recipe.processor_dir, recipe.data)
+    model = Qwen3VLMoeForConditionalGeneration.from_pretrained(adaptive / "models" / "moe", dtype=torch.float32)
+    store = SoftTargetStore.open(recipe.store_url, None)
+    trained, held = hold_out(read_samples("coda_lm", recipe.data_root, "Train"), 9, recipe.run.seed)
+    student, teacher, tokens = 0.0, 0.0, 0
+    for sample in held:
+        batch = collate([processor.encode(sample)], processor.pad_id, processor.image_token_id)
+        with torch.no_grad():
+            logits = model(**{k: batch[k] for k in MODEL_INPUTS}).logits[0, :-1]
+        labels = batch["labels"][0, 1:]
+        student += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        teacher -= float(store.read(sample.sample_id).gold_logprob.double().sum())
+        tokens += int((labels != -100).sum())
+    assert metrics(adaptive, "gap")[0] == pytest.approx((student - teacher) / tokens, abs=1e-5)
+    left = metrics(adaptive, "gap_left")
+    assert left[0] == left[1] == 1 and left[2] == left[3] and left[4] == left[5] and left == sorted(left, reverse=True)
+    assert 0 < left[-1] < left[2] < 1
+    assert all(64 * share == round(64 * share) for share in left)
+    table = HardnessTable.load(adaptive / "jobs" / "clkd" / "hardness.parquet")
+    assert table.is_of([s.sample_id for s in trained])
+    assert table.visits.sum() == -(-STEPS // WINDOW) * WINDOW * BATCH  # of whole windows
+    assert (table.last_step == -1).all()  # not dynamic: nothing was scored, and yet visits count
+
+
+def test_an_adaptive_release_resumes_bit_for_bit(run, adaptive):
+    interrupt(make_adaptive(run), after=3, ranks=1)
+    assert 3 <= saved_step(run) < STEPS
+    train(run, ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    assert release_of(run) == release_of(adaptive)
+    assert metrics(run, "gap") == metrics(adaptive, "gap")
+    whole, resumed = weights(adaptive), weights(run)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_an_adaptive_release_is_the_same_on_two_ranks(run, adaptive):
+    """Nine held-out samples: one rank has five, the other four and a filler."""
+    train(make_adaptive(run))
+    assert release_of(run) == release_of(adaptive)
+    assert metrics(run, "gap") == pytest.approx(metrics(adaptive, "gap"), abs=1e-5)
+    assert losses(run) == pytest.approx(losses(adaptive), rel=1e-5)
 
 
 def refused(run, field, *values, **options):

@@ -146,9 +146,14 @@ def job(**changes: object) -> JobConfig:
     return JobConfig.model_validate(values | changes)
 
 
-def reference_run(model: PreTrainedModel, steps: int, lr: float, clip: float) -> list[tuple[float, float]]:
-    """Plain SGD on whole batches in one process: (mean loss, gradient norm before clipping) per step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+def reference_run(
+    model: PreTrainedModel, steps: int, lr: float, clip: float, optimizer: torch.optim.Optimizer | None = None
+) -> list[tuple[float, float]]:
+    """Plain torch on whole batches in one process: (mean loss, gradient norm before clipping) per step.
+
+    `optimizer`: over the model's parameters; None: SGD with `lr`.
+    """
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     history = []
     for step in range(steps):
         inputs, labels = global_batch(step)
@@ -163,17 +168,23 @@ def reference_run(model: PreTrainedModel, steps: int, lr: float, clip: float) ->
 
 def launch(folder: Path, ranks: int, **spec: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Run engine_worker.py with one process per rank: (what rank 0 recorded, final parameters by HF name)."""
+    out = run_ranks("engine_worker.py", folder, ranks, spec)
+    return json.loads(out.read_text()), load_file(f"{out}.safetensors")
+
+
+def run_ranks(worker: str, folder: Path, ranks: int, spec: dict[str, object]) -> Path:
+    """Start a worker script with one process per rank and wait for it; the file that its spec's `out` names."""
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / "result.json"
     (folder / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("engine_worker.py")), str(folder / "spec.json")],
+        [*command, str(Path(__file__).with_name(worker)), str(folder / "spec.json")],
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text()), load_file(f"{out}.safetensors")
+    return out

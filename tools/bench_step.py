@@ -2,10 +2,12 @@
 
     python -m tools.bench_step [--json FILE] [--vocab 151936] [--rounds 12] [--steps 5] [--workers 1]
 
-Three ways through `pipeline.step.run_step`, engine and optimizer step included, on the same samples, with the sizes of
+Four ways through `pipeline.step.run_step`, engine and optimizer step included, on the same samples, with the sizes of
 the demo's recipe and random weights: `sft` (no store; the baseline), `cached` (soft targets read from a store on disk
-by `MicroBatches`) and `online` (the teacher's forward on every batch, targets by `teacher.batch_outputs`, then the same
-step as `cached`). A step's time includes the wait for its batches, which DataLoader workers build.
+by `MicroBatches`), `released` (the same job and store once every sample is released: alpha 0) and `online` (the
+teacher's forward on every batch, targets by `teacher.batch_outputs`, then the same step as `cached`). A step's time
+includes the wait for its batches, which DataLoader workers build. `<way>_targets_read`: samples of a step whose targets
+were read from the store, by training's own counter.
 
 A round runs a block of steps of each way, one loader at a time, in turning order; a block's first step is not timed.
 Times are medians over rounds; ratios are taken within a round, given as median and quartiles. `<way>_cpu` is processor
@@ -23,13 +25,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline import models, moe, results
+from pipeline import engine, models, results
 from pipeline.batches import MicroBatch, MicroBatches, Request, iterate
 from pipeline.config import DistillConfig, JobConfig, Recipe
 from pipeline.curriculum import uniform_order
@@ -45,7 +46,12 @@ from pipeline.teacher import expected_identity, run_pass
 from pipeline.teacher_forward import batch_outputs
 from tools.bench_run import DEMO, Figures, make_model, make_run, ratios, rotated, table
 
-LABELS = {"sft": "plain SFT", "cached": "cached soft targets", "online": "online teacher"}
+LABELS = {
+    "sft": "plain SFT",
+    "cached": "cached soft targets",
+    "released": "released, store open",
+    "online": "online teacher",
+}
 ALPHA = 0.7
 DS_CONFIG = DEMO.parent.parent.parent / "ds_configs" / "dense.json"
 
@@ -62,6 +68,8 @@ class Block:
     """Waiting for the loader."""
     teacher: list[float] = field(default_factory=list)
     """The teacher's forward and its targets."""
+    targets_read: list[float] = field(default_factory=list)
+    """Samples whose soft targets were read from the store, as training counts them."""
 
 
 class Bench:
@@ -84,9 +92,7 @@ class Bench:
         return models.load_model(self.recipe.model_dir(f"models.{name}"), attention=models.batch_attention())
 
     def _engine(self) -> Any:
-        model = self._load("student").train()
-        config = moe.prepare_deepspeed_config(json.loads(DS_CONFIG.read_text()), self.sft, model.config, 1)
-        return deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
+        return engine.start(self._load("student").train(), self.sft, json.loads(DS_CONFIG.read_text()))
 
     def requests(self, first: int, steps: int, alpha: float) -> list[Request]:
         """Micro-batches of consecutive steps, in order."""
@@ -97,8 +103,8 @@ class Bench:
 
     def block(self, way: str, first: int, steps: int) -> Block:
         """Run one untimed step and then `steps` timed ones."""
-        store = self.store if way == "cached" else None
-        requests = self.requests(first, steps + 1, 0.0 if way == "sft" else ALPHA)
+        store = self.store if way in ("cached", "released") else None
+        requests = self.requests(first, steps + 1, 0.0 if way in ("sft", "released") else ALPHA)
         stream = iterate(MicroBatches(self.samples, self.processor, store, requests, None), self.loading)
         timed = Block()
         for number in range(steps + 1):
@@ -112,15 +118,16 @@ class Bench:
         if way == "online":
             micros = [self._with_targets(micro) for micro in micros]
         taught = time.perf_counter()
-        run_step(self._context(self.sft if way == "sft" else self.kd), micros)
+        stats = run_step(self._context(self.sft if way == "sft" else self.kd), micros)
         self.engine.step()
         timed.step.append(time.perf_counter() - started)
         timed.cpu.append(time.thread_time() - cpu)
         timed.wait.append(loaded - started)
         timed.teacher.append(taught - loaded)
+        timed.targets_read.append(stats.sums["targets_read"])
 
     def _with_targets(self, micro: MicroBatch) -> MicroBatch:
-        targets = batch_outputs(self.teacher, batch_of(micro), self.recipe.targets).targets
+        targets = batch_outputs(self.teacher, batch_of(micro), self.recipe.targets, self.processor.vocab_size).targets
         return replace(micro, targets=concatenate([targets[i] for i in micro.sample_ids]))
 
     def _context(self, job: JobConfig) -> StepContext:
@@ -192,6 +199,7 @@ def summarise(blocks: dict[str, list[Block]], reading: Sequence[float]) -> Figur
         shares = [sum(b.wait) / sum(b.step) for b in of_way]
         figures |= {f"{way}_wait_ms": 1e3 * statistics.median(statistics.mean(b.wait) for b in of_way)}
         figures |= {f"{way}_wait_share": statistics.median(shares)}
+        figures |= {f"{way}_targets_read": statistics.mean(n for b in of_way for n in b.targets_read)}
     figures["online_teacher_ms"] = 1e3 * statistics.median(statistics.mean(b.teacher) for b in blocks["online"])
     steps = [seconds for block in blocks["cached"] for seconds in block.step]
     figures["targets_read_ms"] = 1e3 * statistics.median(reading)
@@ -227,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(figures, on_cpu, "sft_cpu", "ms a step"))
     for name in ("sft_wait", "cached_wait", "targets_read"):
         print(f"{name}: {figures[f'{name}_ms']:.2f} ms, {figures[f'{name}_share']:.2%} of the step")
+    reads = ", ".join(f"{label} {figures[f'{way}_targets_read']:g}" for way, label in LABELS.items())
+    print(f"samples read from the store in a step: {reads}")
     print(f"of the online step the teacher takes {figures['online_teacher_ms']:.1f} ms")
 
 

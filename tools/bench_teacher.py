@@ -102,7 +102,9 @@ def run_bare(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Pa
 
 def run_targets(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
     """Forward and soft targets."""
-    return timed(lambda: [batch_outputs(model, batch, recipe.targets) for batch in encoded.batches])
+    return timed(
+        lambda: [batch_outputs(model, batch, recipe.targets, encoded.processor.vocab_size) for batch in encoded.batches]
+    )
 
 
 def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
@@ -114,7 +116,9 @@ def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: 
             for number, batches in enumerate(encoded.shards):
                 done: list[tuple[str, SoftTargets]] = []
                 for batch in batches:
-                    done.extend(batch_outputs(model, batch, recipe.targets).targets.items())
+                    done.extend(
+                        batch_outputs(model, batch, recipe.targets, encoded.processor.vocab_size).targets.items()
+                    )
                 pool.submit(write_targets, writer, number, done).add_done_callback(lambda future: future.result())
 
     return timed(work)
@@ -163,7 +167,7 @@ def bench(options: argparse.Namespace, folder: Path) -> Figures:
     model = load_model(recipe.model_dir("models.teacher"), attention=batch_attention())
     encoded = encode(recipe)
     bare_forward(model, encoded.batches[0])  # both once, to warm up
-    batch_outputs(model, encoded.batches[0], recipe.targets)
+    batch_outputs(model, encoded.batches[0], recipe.targets, encoded.processor.vocab_size)
     timings: dict[str, list[Timing]] = {way: [] for way in WAYS}
     for turn in tqdm(range(options.repeats), desc="teacher", unit="round", disable=None):
         for way in rotated(list(WAYS), turn):
