@@ -19,6 +19,7 @@ Fraction = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0, le=1
 PositiveFraction = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0, le=1.0)]
 NonNegative = Annotated[float, BeforeValidator(_no_truth_value), Field(ge=0.0)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Range = tuple[Number, Number]
 PositiveFloat = Annotated[float, BeforeValidator(_no_truth_value), Field(gt=0.0)]
 Positive = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=1)]
 Seed = Annotated[int, BeforeValidator(_no_truth_value)]
@@ -273,9 +274,9 @@ class DistillConfig(Section):
     """rho: do not chase tokens that the teacher itself gets wrong."""
     gate_scale: PositiveFloat = 1.0
     """s in nats: softness of the gate."""
-    token_tilt: Number = 1.0
-    """Size of beta on tokens (and feature rows): 0 turns the token granularity of H2G off, below 0 hard
-    ones come first."""
+    token_tilt: Range = (-1.0, 1.0)
+    """beta on tokens (and feature rows) at the start and once all samples are eligible: above 0 hard ones count more,
+    below 0 easy ones. `[0, 0]` turns the token granularity of H2G off."""
     features: FeatureConfig | None = None
     """Also distil hidden states; needs `targets.sketches`. Absent: logits alone."""
 
@@ -316,8 +317,9 @@ class CurriculumConfig(Section):
     """c0: share of samples eligible at the start, easiest first."""
     competence_until: PositiveFraction = 0.5
     """tau_g: share of training at which all samples are eligible."""
-    tilt: Number = 1.0
-    """Size of beta on samples: 0 draws eligible samples uniformly, below 0 the hard ones are preferred first."""
+    tilt: Range = (-1.0, 1.0)
+    """beta on samples at the start and once all are eligible: above 0 hard ones are preferred, below 0 easy ones;
+    `[0, 0]` draws the eligible uniformly."""
     window_steps: Positive = 50
     """R: optimizer steps per planned window."""
     stratum_floor: Fraction = 0.5

@@ -32,11 +32,13 @@ def competence(tau: float, start: float, until: float) -> float:
     return min(1.0, math.sqrt(tau / until * (1 - start**2) + start**2))
 
 
-def tilt(competence: float, start: float, size: float) -> float:
-    """beta: from -size (prefer easy) at competence `start` to +size (prefer hard) at competence 1. [ours]"""
-    if start >= 1.0:
-        return size
-    return size * (2 * (competence - start) / (1 - start) - 1)
+def tilt(competence: float, start: float, betas: tuple[float, float]) -> float:
+    """beta: in a straight line from the first at competence `start` to the second at competence 1. [ours]
+
+    Above 0 hard ones are preferred, below 0 easy ones.
+    """
+    first, last = betas
+    return last if start >= 1.0 else first + (last - first) * (competence - start) / (1 - start)
 
 
 def uniform_order(num_samples: int, seed: int, start: int, size: int) -> Indices:

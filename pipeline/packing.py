@@ -4,7 +4,8 @@ Shape suffixes: T = tokens, K = entries a token, W = bytes a record, B = rows of
 d = lp_1 - lp_k >= 0 is an entry's distance below the top one, x = `_bend(d)`. A record is a little-endian bit stream
 and then five f16 that the caller converts.
 
-Numba compiles a function at its first call and caches the result beside this file or in the user's cache folder. What
+Numba compiles a function at its first call and caches the result beside this file or in the user's cache folder. One
+file on purpose: a cached function is compiled again when its own file changes, not when that of a callee does. What
 makes the loops fast: rows go through one small step a block at a time, so that neighbours overlap in the processor;
 rows are passed as (array, index), since numba counts the users of a slice; single precision; a neighbour's value is
 carried along by hand, since reading back what was just written waits for the store.

@@ -30,8 +30,8 @@ class Schedules:
 
     def token_beta(self, step: int) -> float:
         """Tilt of the KL's weights on token hardness; 0 without distillation."""
-        size = self._job.distill.token_tilt if self._job.distill else 0.0
-        return tilt(self.competence(step), self._sampling.competence_start, size)
+        betas = self._job.distill.token_tilt if self._job.distill else (0.0, 0.0)
+        return tilt(self.competence(step), self._sampling.competence_start, betas)
 
     def alpha(self, step: int, percentile_G: Floats, gap: ClosingGap | None = None) -> Floats:
         """Share of the KL term of samples at these hardness percentiles; 0 without distillation."""

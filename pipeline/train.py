@@ -12,56 +12,34 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline import checkpoint, compatibility, curriculum, engine, export, features, models, moe
 from pipeline.batches import MicroBatch, MicroBatches, Request, by_length, iterate
 from pipeline.command_line import parse_args
-from pipeline.config import AdaptiveConfig, CurriculumConfig, FeatureConfig, JobConfig, Recipe
+from pipeline.config import CurriculumConfig, JobConfig, Recipe
 from pipeline.data import read_samples, require_answers
+from pipeline.distillation import Distillation
 from pipeline.errors import ConfigError, UserError, run_main
 from pipeline.families import moe_layers
 from pipeline.fused_head import FusedHead
-from pipeline.hardness_table import HardnessTable
-from pipeline.losses import WeightNormaliser
 from pipeline.metrics import MetricsLogger
 from pipeline.plan import WindowPlan
 from pipeline.processor import Processor
 from pipeline.release import ClosingGap
 from pipeline.runtime import StopFlag, contact, only_one, start_distributed
 from pipeline.schedules import Schedules
-from pipeline.sketches import SketchStore
 from pipeline.step import StepContext, StepStats, run_step
-from pipeline.target_store import SoftTargetStore
-from pipeline.teacher import dataset_fingerprint, expected_identity
-from pipeline.validation_gap import GapProbe, hold_out
+from pipeline.step_metrics import per_token
 from pipeline.vision import CellWords, VisionProbe
 
 EXIT_REQUEUE = 85
-
-
-@dataclass
-class Distillation:
-    """The teacher's side of a job: targets, hardness table, weight normalisers of the KL and the feature term."""
-
-    store: SoftTargetStore
-    table: HardnessTable
-    normaliser: WeightNormaliser
-    gap: ClosingGap
-    """Stays empty unless the release is adaptive."""
-    probe: GapProbe | None
-    """What measures the gap, for an adaptive release."""
-    sketches: SketchStore | None
-    """None: a job without features."""
-    feature_normaliser: WeightNormaliser
 
 
 class Trainer:
@@ -73,9 +51,10 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.dir = recipe.job_dir(name)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
-        self.samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-        require_answers(self.samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
-        self.distillation = self._open_distillation()
+        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+        require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
+        self.distillation = Distillation.open(recipe, job, self.processor, samples)
+        self.samples = self.distillation.samples if self.distillation else samples
         self.engine = self._engine(ds_json)
         model_config = self.engine.module.config
         has_experts = bool(moe_layers(model_config))
@@ -100,37 +79,6 @@ class Trainer:
 
     # -- set-up ------------------------------------------------------------------------------------------------
 
-    def _open_distillation(self) -> Distillation | None:
-        if self.job.distill is None and self.job.curriculum is None:
-            return None
-        identity = expected_identity(self.recipe, self.processor)
-        store = SoftTargetStore.open(self.recipe.store_url, identity)
-        ids = [s.sample_id for s in self.samples]
-        store.require(ids, dataset_fingerprint(self.samples))
-        path = self.job.hardness.table or self.recipe.run.dir / "hardness.parquet"
-        table = HardnessTable.load(path)
-        if not table.is_of(ids):
-            raise UserError(
-                f"{path}: made for {len(table)} other samples than the "
-                f"{len(ids)} of this run. Make it again with `python -m pipeline.hardness`. Nothing was started."
-            )
-        sketches = SketchStore.open(self.recipe.store_url, identity) if self._features() else None
-        probe = None
-        if len(self.schedules.gap_steps()):
-            self.samples, held_out = hold_out(self.samples, self._adaptive.samples, self.recipe.run.seed)
-            table = table.subset([s.sample_id for s in self.samples])
-            size, temperature = self.job.micro_batch_size, self.recipe.targets.temperature
-            probe = GapProbe(held_out, self.processor, store, micro_batch_size=size, temperature=temperature)
-        gap = ClosingGap(self._adaptive.ema)
-        return Distillation(store, table, WeightNormaliser(), gap, probe, sketches, WeightNormaliser())
-
-    @property
-    def _adaptive(self) -> AdaptiveConfig:
-        return self.job.distill.adaptive if self.job.distill else AdaptiveConfig()
-
-    def _features(self) -> FeatureConfig | None:
-        return self.job.distill.active_features if self.job.distill else None
-
     def _engine(self, ds_json: dict[str, Any]) -> Any:
         folder = self.recipe.model_dir(self.job.init)
         model = models.load_model(folder, attention=models.batch_attention())
@@ -139,7 +87,7 @@ class Trainer:
         if self.job.activation_checkpointing:
             moe.enable_activation_checkpointing(model)
         freeze(model, self.job.trainable)
-        wanted = self._features()
+        wanted = self.job.distill.active_features if self.job.distill else None
         if wanted is not None and self.distillation is not None and self.distillation.sketches is not None:
             features.HiddenStates(model, wanted.student_layer, f"jobs.{self.name}.{features.SETTING}", "student")
             dim = int(self.distillation.sketches.identity["sketch_dim"])
@@ -158,7 +106,7 @@ class Trainer:
                 started = time.monotonic()
                 stats, measured = self._optimize(micro_batches)
                 self.step += 1
-                values = self.values = measured | _per_token(stats, waited, waited + time.monotonic() - started)
+                values = self.values = measured | per_token(stats, waited, waited + time.monotonic() - started)
                 progress.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
                 progress.update()
                 finished, stopped = self.step == self.job.steps, stats.sums["stop"] > 0
@@ -249,7 +197,9 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()
         grad_norm = float(norm) if norm is not None else 0.0
         self._refuse_not_finite("gradient norm", grad_norm, micro_batches)
-        self._learn_hardness(stats)
+        if self.distillation:
+            most = -(-self.job.global_batch_size // self.world)
+            self.distillation.learn(stats, self.step, self.job, most, self.engine.device)
         return stats, {
             "samples": (self.step + 1) * self.job.global_batch_size,
             "lr": lr,
@@ -277,17 +227,6 @@ class Trainer:
             f"is {saved.name if saved else 'none'}. Lower jobs.{self.name}.lr (now {self.job.lr}) or inspect these."
         )
 
-    def _learn_hardness(self, stats: StepStats) -> None:
-        if self.distillation is None or self.job.distill is None:
-            return
-        self.distillation.normaliser.update(stats.sums["weight"], stats.sums["weight_count"])
-        if "features" in stats.sums:
-            self.distillation.feature_normaliser.update(stats.sums["feature_weight"], stats.sums["feature_alpha"])
-        if self.job.distill is not None and self.job.hardness.dynamic:
-            most = -(-self.job.global_batch_size // self.world)
-            index, scores = stats.gather_scores(most, self.engine.device)
-            self.distillation.table.update(index, scores, self.step, self.job.hardness.ema)
-
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
@@ -300,9 +239,7 @@ class Trainer:
         }
         arrays = self.plan.arrays()
         if self.distillation:
-            state["normaliser"] = self.distillation.normaliser.state_dict()
-            state["gap"] = self.distillation.gap.state_dict()
-            state["feature_normaliser"] = self.distillation.feature_normaliser.state_dict()
+            state |= self.distillation.state_dict()
             arrays |= self.distillation.table.arrays()
         root, keep = self.dir / "checkpoints", self.job.keep_checkpoints
         checkpoint.save(self.engine, root, self.step, state, arrays, keep, self.template)
@@ -317,10 +254,7 @@ class Trainer:
         self.step = loaded.step
         self.plan.load(loaded.state["plan"], loaded.arrays)
         if self.distillation:
-            self.distillation.normaliser.load_state_dict(loaded.state["normaliser"])
-            self.distillation.gap.load_state_dict(loaded.state["gap"])
-            self.distillation.feature_normaliser.load_state_dict(loaded.state["feature_normaliser"])
-            self.distillation.table.load_arrays(loaded.arrays)
+            self.distillation.load(loaded.state, loaded.arrays)
 
     def _fingerprint(self) -> dict[str, Any]:
         return settings(self.job, self.recipe.run.seed) | {"num_samples": len(self.samples)}
@@ -393,51 +327,6 @@ def learning_rate(job: JobConfig, step: int) -> float:
         return job.lr * tau / job.warmup_share
     decay = (tau - job.warmup_share) / max(1.0 - job.warmup_share, 1e-9)
     return job.lr * (job.min_lr_share + (1 - job.min_lr_share) * 0.5 * (1 + math.cos(math.pi * decay)))
-
-
-def _per_token(stats: StepStats, waited: float, seconds: float) -> dict[str, Any]:
-    """Means over the global batch of what the step summed."""
-    sums = stats.sums
-    tokens, distilled, scored = (max(sums[k], 1.0) for k in ("tokens", "distilled", "scored"))
-    values: dict[str, Any] = {
-        "loss": sums["loss"] / tokens,
-        "ce": sums["ce"] / tokens,
-        "kl": sums["kl"] / distilled,
-        "alpha": sums["alpha"] / tokens,
-        "targets_read": sums["targets_read"],
-        "token_hardness": sums["token_hardness"] / distilled,
-        "instance_hardness": sums["instance_hardness"] / scored,
-        "tokens_per_s": sums["positions"] / seconds,
-        "data_wait_s": waited,
-        "step_s": seconds,
-    }
-    if "features" in sums:
-        values |= {
-            "feature_loss": sums["feature_loss"] / sums["features"],
-            "feature_alpha": sums["feature_alpha"] / sums["features"],
-            "feature_hardness": sums["feature_hardness"] / max(sums["feature_rows"], 1.0),
-        }
-    if "vision" in sums:
-        values["vision"] = sums["vision"] / sums["samples"]
-    if stats.router_load_LE is not None:
-        values |= router_metrics(sums, stats.router_load_LE)
-    return values
-
-
-def router_metrics(sums: Mapping[str, float], load_LE: Tensor) -> dict[str, Any]:
-    """Per layer and over layers; the worst layer's balance shows one that collapsed, which the mean would hide."""
-    layers = range(len(load_LE))
-    balance_L, z_L = ([sums[f"{name}/{layer}"] for layer in layers] for name in ("balance", "z"))
-    values: dict[str, Any] = {
-        "expert_load": (load_LE / load_LE.sum(-1, keepdim=True)).tolist(),
-        "router_entropy": [sums[f"router_entropy/{layer}"] for layer in layers],
-        "balance": sum(balance_L) / len(layers),
-        "balance_worst": max(balance_L),
-        "z": sum(z_L) / len(layers),
-    }
-    if "dropped" in sums:  # a share of all pairs of token and expert
-        values["dropped"] = sums["dropped"] / float(load_LE.sum())
-    return values
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -92,9 +92,14 @@ def test_rows_differ_from_clkd_in_what_their_names_say(recipe, tmp_path):
     assert (clkd.distill.release, clkd.distill.gate, clkd.hardness.dynamic) == ("cosine", True, True)
     assert (job("sft").distill, job("sft").curriculum) == (None, None)
     kd = job("kd")
-    assert (kd.distill.release, kd.distill.gate, kd.distill.token_tilt, kd.curriculum) == ("constant", False, 0, None)
-    assert job("reversed").distill.token_tilt == -clkd.distill.token_tilt
-    assert job("reversed").curriculum.tilt == -clkd.curriculum.tilt
+    assert (kd.distill.release, kd.distill.gate, kd.distill.token_tilt, kd.curriculum) == (
+        "constant",
+        False,
+        (0, 0),
+        None,
+    )
+    assert job("reversed").distill.token_tilt == clkd.distill.token_tilt[::-1]
+    assert job("reversed").curriculum.tilt == clkd.curriculum.tilt[::-1]
     assert {job(name).steps * job(name).global_batch_size for name in ROWS} == {250 * 16}, "equal budgets"
     assert cell_recipe(recipe, ROWS["kd_sampled"], 0, tmp_path)["targets"]["codec"] == "sampled"
 

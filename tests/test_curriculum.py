@@ -65,9 +65,10 @@ def test_competence_values(tau, value):
 
 
 def test_tilt_runs_from_easy_to_hard_with_competence():
-    assert [tilt(c, 0.3, 1.0) for c in (0.3, 0.65, 1.0)] == pytest.approx([-1.0, 0.0, 1.0])
-    assert tilt(0.65, 0.3, 0.0) == 0.0
-    assert tilt(1.0, 1.0, 0.5) == 0.5  # all eligible from the start
+    assert [tilt(c, 0.3, (-1.0, 1.0)) for c in (0.3, 0.65, 1.0)] == pytest.approx([-1.0, 0.0, 1.0])
+    assert [tilt(c, 0.3, (0.4, -0.2)) for c in (0.3, 0.65, 1.0)] == pytest.approx([0.4, 0.1, -0.2])
+    assert tilt(0.65, 0.3, (0.0, 0.0)) == 0.0
+    assert tilt(1.0, 1.0, (-0.5, 0.25)) == 0.25  # all eligible from the start
 
 
 # -- which samples a window draws --------------------------------------------------------------------------------

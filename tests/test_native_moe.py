@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from pipeline import checkpoint, moe, step, train
+from pipeline import checkpoint, moe, step, step_metrics, train
 from pipeline.config import NativeMoeConfig
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.fused_head import FusedHead
@@ -251,7 +251,7 @@ def test_one_collapsed_layer_is_seen(layer: str) -> None:
     engine(**inputs)
     loss = step.router_loss(context, probe.take(), inputs["attention_mask"], stats)
     assert stats.router_load_LE is not None
-    metrics = train.router_metrics(stats.sums, stats.router_load_LE)
+    metrics = step_metrics.router_metrics(stats.sums, stats.router_load_LE)
     assert metrics["balance_worst"] == pytest.approx(2.0, abs=1e-3)
     assert metrics["balance"] < 1.7
     assert metrics["expert_load"][1] == [0.5, 0.5, 0.0, 0.0]

@@ -42,9 +42,11 @@ def test_the_gap_is_measured_after_the_same_samples_from_t0_to_t1():
 
 
 def test_schedules_read_the_jobs_own_settings():
-    job = schedules(8, distill={"token_tilt": 0.5}, curriculum={"competence_start": 0.4, "competence_until": 0.8})
+    job = schedules(
+        8, distill={"token_tilt": (-0.5, 0.25)}, curriculum={"competence_start": 0.4, "competence_until": 0.8}
+    )
     assert job.competence(300) == pytest.approx(competence(0.25, 0.4, 0.8))
-    assert [job.token_beta(0), job.token_beta(1199)] == pytest.approx([-0.5, 0.5])
+    assert [job.token_beta(0), job.token_beta(1199)] == pytest.approx([-0.5, 0.25])
     without = schedules(8)
     assert without.token_beta(0) == 0 and without.alpha(0, PERCENTILES).tolist() == [0.0] * 7
 

@@ -11,7 +11,7 @@ from typing import Any
 Values = Mapping[str, Any]
 
 KD: Values = {
-    "distill": {"release": "constant", "gate": False, "token_tilt": 0.0, "hardness_delay": 0.0},
+    "distill": {"release": "constant", "gate": False, "token_tilt": (0.0, 0.0), "hardness_delay": 0.0},
     "curriculum": None,
 }
 """Vanilla KD: the same share of KL throughout, every token alike, a uniform shuffle."""
@@ -48,13 +48,15 @@ ROWS: dict[str, Row] = {
     "clkd": Row("CLKD: KD + dynamic H2G + PRD cosine"),
     "features": Row("CLKD + features", {"distill": {"features": {"student_layer": 2}}}),
     "gate_off": Row("CLKD, gate off", {"distill": {"gate": False}}),
-    "reversed": Row("CLKD, reversed beta", {"distill": {"token_tilt": -1.0}, "curriculum": {"tilt": -1.0}}),
+    "reversed": Row(
+        "CLKD, reversed beta", {"distill": {"token_tilt": (1.0, -1.0)}, "curriculum": {"tilt": (1.0, -1.0)}}
+    ),
     "uniform": Row("CLKD, uniform order", {"curriculum": None}),
     "linear": Row("CLKD, PRD linear", {"distill": {"release": "linear"}}),
     "step": Row("CLKD, PRD step", {"distill": {"release": "step"}}),
     "adaptive": Row("CLKD, PRD adaptive", {"distill": {"release": "adaptive"}}),
     "kd_prd": Row("KD + PRD cosine, no H2G", {**KD, "distill": {**KD["distill"], "release": "cosine"}}),
-    "instance": Row("CLKD, instance-only H2G", {"distill": {"token_tilt": 0.0}}),
+    "instance": Row("CLKD, instance-only H2G", {"distill": {"token_tilt": (0.0, 0.0)}}),
     "token": Row("CLKD, token-only H2G", {"curriculum": None, "distill": {"hardness_delay": 0.0}}),
     "clkd_sampled": Row("CLKD, sampled targets", targets=SAMPLED),
     "kd_sampled": Row("vanilla KD, sampled targets", KD, targets=SAMPLED),

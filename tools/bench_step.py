@@ -139,7 +139,7 @@ class Bench:
             vision=None,
             job=job,
             temperature=self.recipe.targets.temperature,
-            beta=job.distill.token_tilt if job.distill else 0.0,
+            beta=job.distill.token_tilt[1] if job.distill else 0.0,
             normaliser=1.0,
         )
 
