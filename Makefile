@@ -34,10 +34,11 @@ ablation: install
 test: check
 
 check: lint
-	$(CPU_ENV) $(PY) -m pytest -q
+	$(CPU_ENV) $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slurm"
+	$(CPU_ENV) $(PY) -m pytest -q -m slurm
 
 test-fast: install
-	$(CPU_ENV) $(PY) -m pytest -q -m "not slow"
+	$(CPU_ENV) $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 # 30 random faults on a Slurm of this machine's own (root, and Debian's packages for it: see .ci/run).
 soak: install

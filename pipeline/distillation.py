@@ -79,9 +79,9 @@ class Distillation:
         if job.distill is None:
             return
         sums = stats.sums
-        self.normaliser.update(sums["weight"], sums["weight_count"])
+        self.normaliser.update(sums["weighted"], sums["plain"])
         if "features" in sums:
-            self.feature_normaliser.update(sums["feature_weight"], sums["feature_alpha"])
+            self.feature_normaliser.update(sums["feature_weighted"], sums["feature_plain"])
         if job.hardness.dynamic:
             index, scores = stats.gather_scores(most, device)
             self.table.update(index, scores, step, job.hardness.ema)

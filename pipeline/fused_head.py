@@ -96,8 +96,8 @@ def _take(terms: DistillationTerms, rows: slice, whole: DistillationTerms) -> No
         whole.hardness_N[rows] = terms.hardness_N
     if whole.gate_N is not None and terms.gate_N is not None:
         whole.gate_N[rows] = terms.gate_N
-    whole.weight_sum.add_(terms.weight_sum)
-    whole.weight_count.add_(terms.weight_count)
+    whole.weighted_sum.add_(terms.weighted_sum)
+    whole.plain_sum.add_(terms.plain_sum)
 
 
 def linear_loss(hidden_ND: Tensor, weight_VD: Tensor, loss: RowsLoss, chunk_rows: int, piece_rows: int) -> Tensor:

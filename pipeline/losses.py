@@ -30,10 +30,10 @@ class FeatureTerms:
     """Differentiable scalar: sum over rows of alpha f g."""
     distance_J: Tensor
     """g, without gradient."""
-    weight_sum: Tensor
-    """Sum of alpha-weighted weights before normalisation."""
-    weight_count: Tensor
-    """Sum of alpha."""
+    weighted_sum: Tensor
+    """Sum of alpha f g, before normalisation."""
+    plain_sum: Tensor
+    """Sum of alpha g."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class DistillationTerms:
     kl_N: Tensor | None
     """KL per token at temperature 1 scale T^2; None without targets."""
     hardness_N: Tensor | None
-    weight_sum: Tensor
-    """Sum of alpha-weighted KL weights before normalisation."""
-    weight_count: Tensor
-    """Sum of alpha."""
+    weighted_sum: Tensor
+    """Sum of alpha w KL, before normalisation; a negative estimate of a KL counts as 0."""
+    plain_sum: Tensor
+    """Sum of alpha KL, counted the same way."""
     gate_N: Tensor | None = None
     """rho; None without targets or gate."""
 
@@ -245,8 +245,9 @@ def distillation_loss(
             weight_N = weight_N * gate_N
     distilled_N = torch.where(alpha_N > 0, alpha_N * (weight_N / normaliser) * kl_N, 0.0)
     loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
-    weight_sum, weight_count = (alpha_N * weight_N).sum(), alpha_N.sum()
-    return DistillationTerms(loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, weight_sum, weight_count, gate_N)
+    plain_N = torch.where(alpha_N > 0, alpha_N * kl_N.detach().clamp(min=0), 0.0)
+    weighted_sum, plain_sum = (plain_N * weight_N).sum(), plain_N.sum()
+    return DistillationTerms(loss_sum, ce_N.detach(), kl_N.detach(), hardness_N, weighted_sum, plain_sum, gate_N)
 
 
 def feature_loss(
@@ -267,11 +268,15 @@ def feature_loss(
     fixed_J = distance_J.detach()
     weight_J = token_tilt(fixed_J, beta)
     loss_sum = (alpha_J * (weight_J / normaliser) * distance_J).sum()
-    return FeatureTerms(loss_sum, fixed_J, (alpha_J * weight_J).sum(), alpha_J.sum())
+    plain_J = alpha_J * fixed_J
+    return FeatureTerms(loss_sum, fixed_J, (plain_J * weight_J).sum(), plain_J.sum())
 
 
 class WeightNormaliser:
     """Running mean of the KL weights of *previous* global batches; dividing by it keeps the KL term's size.
+
+    In the mean a token counts by its share of the unweighted KL term. If all counted alike, the many tokens on which
+    nothing is left to learn would decide it, and a tilt towards easy ones would take the KL of the others away. [ours]
 
     The mean over the current global batch would need every forward before the first backward under gradient
     accumulation. The past's mean is a function of the training state alone: the same for every split into ranks and
@@ -286,11 +291,11 @@ class WeightNormaliser:
         """The divisor for the next step: 1 before anything was seen."""
         return 1.0 if self._mean is None else self._mean
 
-    def update(self, weight_sum: float, count: float) -> None:
-        """Take in one global batch's sum of weights over its (alpha-weighted) token count; nothing if that is 0."""
-        if count <= 0:
+    def update(self, weighted_sum: float, plain_sum: float) -> None:
+        """Take in one global batch's weighted and unweighted term; nothing if there is none."""
+        if plain_sum <= 0:
             return
-        mean = weight_sum / count
+        mean = weighted_sum / plain_sum
         self._mean = mean if self._mean is None else NORMALISER_EMA * self._mean + (1 - NORMALISER_EMA) * mean
 
     def state_dict(self) -> dict[str, float | None]:

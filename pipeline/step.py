@@ -181,8 +181,9 @@ def _feature_terms(context: StepContext, hidden_BSD: Tensor, micro: MicroBatch, 
     stats.add(
         features=targets.count,
         feature_loss=terms.loss_sum.detach(),
-        feature_alpha=terms.weight_count,
-        feature_weight=terms.weight_sum,
+        feature_alpha=targets.alpha_J.sum(),
+        feature_weighted=terms.weighted_sum,
+        feature_plain=terms.plain_sum,
         feature_hardness=terms.distance_J.sum(),
         feature_rows=len(terms.distance_J),
     )
@@ -206,12 +207,12 @@ def _measure_hardness(
     stats: StepStats,
 ) -> None:
     """Token and instance hardness of the samples that the teacher still teaches: no extra forward."""
-    stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weight=0, weight_count=0)
+    stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weighted=0, plain=0)
     parts = []
     if terms.kl_N is not None and terms.hardness_N is not None:
         on_N = micro.alpha_N > 0
         stats.add(kl=terms.kl_N[on_N].sum(), distilled=on_N.sum(), token_hardness=terms.hardness_N[on_N].sum())
-        stats.add(weight=terms.weight_sum, weight_count=terms.weight_count)
+        stats.add(weighted=terms.weighted_sum, plain=terms.plain_sum)
         chased_N = losses.chased_hardness(terms.hardness_N, terms.gate_N if context.job.hardness.gate else None)
         parts.append(_pooled(context, micro, chased_N, micro.sample_N, micro.request.alpha_B))
     if features is not None and micro.features is not None and micro.request.feature_alpha_B is not None:

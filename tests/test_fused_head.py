@@ -19,7 +19,7 @@ from pipeline.losses import DistillationTerms, distillation_loss
 from pipeline.targets import from_logits
 
 ROWS, VOCAB, WIDTH = 23, 120, 16
-MEASURES = ("loss_sum", "ce_N", "kl_N", "hardness_N", "gate_N", "weight_sum", "weight_count")
+MEASURES = ("loss_sum", "ce_N", "kl_N", "hardness_N", "gate_N", "weighted_sum", "plain_sum")
 
 
 def make_case(rows: int = ROWS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def test_gate_compares_at_one_temperature():
         terms = distillation_loss(
             teacher, labels, targets, torch.ones(TOKENS), temperature=temperature, gate_scale=0.1, beta=0.0
         )
-        assert terms.weight_sum.item() == pytest.approx(0.5 * TOKENS, rel=1e-4)
+        torch.testing.assert_close(terms.gate_N, torch.full((TOKENS,), 0.5), rtol=1e-4, atol=0)
 
 
 def test_gate_and_tilt_values():
@@ -266,8 +266,25 @@ def test_normaliser_of_vanilla_distillation_is_exactly_one():
     normaliser, alpha = WeightNormaliser(), torch.rand(301)
     for _ in range(50):
         terms = distillation_loss(student, labels, make_targets(teacher, labels), alpha)
-        normaliser.update(terms.weight_sum.item(), terms.weight_count.item())
+        normaliser.update(terms.weighted_sum.item(), terms.plain_sum.item())
     assert normaliser.value == 1.0
+
+
+@pytest.mark.parametrize("beta", [-1.0, 1.0])
+def test_normalised_weights_leave_the_kl_term_its_size(beta):
+    """Though nearly all tokens are learnt already, and would pull a plain mean of the weights to theirs."""
+    student, teacher, labels = make_case(tokens=200)
+    targets = make_targets(teacher, labels)
+    student[:190] = teacher[:190]
+    everything = torch.ones(200)
+    once = distillation_loss(student, labels, targets, everything, gate_scale=1.0, beta=beta)
+    normaliser = WeightNormaliser()
+    normaliser.update(once.weighted_sum.item(), once.plain_sum.item())
+    settings = {"gate_scale": 1.0, "beta": beta, "normaliser": normaliser.value}
+    again = distillation_loss(student, labels, targets, everything, **settings)
+    plain = distillation_loss(student, labels, targets, everything)
+    torch.testing.assert_close(again.loss_sum, plain.loss_sum)
+    assert (again.loss_sum - once.loss_sum).abs() > 0.1
 
 
 # -- the whole loss ----------------------------------------------------------------------------------------------
@@ -284,8 +301,8 @@ def test_alpha_zero_is_exactly_sft(with_targets):
     assert torch.equal(terms.loss_sum, F.cross_entropy(student, labels, reduction="none").sum())
     torch.testing.assert_close(terms.loss_sum, sft)
     assert torch.equal(gradient(student, terms.loss_sum), gradient(student, sft))
-    assert terms.weight_sum == 0
-    assert terms.weight_count == 0
+    assert terms.weighted_sum == 0
+    assert terms.plain_sum == 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -320,14 +337,15 @@ def test_gradient_does_not_depend_on_how_the_batch_is_split():
                 logits[rows], labels[rows], targets.rows(rows), alpha[rows], gate_scale=1.0, beta=1.0, normaliser=0.8
             )
             terms.loss_sum.backward()
-            sums += torch.stack([(labels[rows] != -100).sum(), terms.weight_sum, terms.weight_count]).detach()
+            sums += torch.stack([(labels[rows] != -100).sum(), terms.weighted_sum, terms.plain_sum]).detach()
         return logits.grad / sums[0], sums
 
     (whole, whole_sums), (split, split_sums) = run([slice(0, 7)]), run([slice(0, 5), slice(5, 7)])
     torch.testing.assert_close(split, whole)
     torch.testing.assert_close(split_sums, whole_sums)
     assert torch.all(whole[2] == 0)  # the row without a label
-    assert whole_sums[2] == pytest.approx(float(alpha.sum() - alpha[2]))  # nor does it count for the normaliser
+    kept = torch.arange(TOKENS) != 2
+    assert whole_sums[2] == pytest.approx(float((alpha * sparse_kl(student, targets))[kept].sum()))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
@@ -340,7 +358,7 @@ def test_fully_masked_batch_backpropagates_zeros(alpha):
     )
     assert terms.loss_sum == 0
     assert torch.all(gradient(student, terms.loss_sum) == 0)
-    assert terms.weight_count == 0
+    assert terms.plain_sum == 0
 
 
 def test_a_batch_without_answer_tokens_still_backpropagates():

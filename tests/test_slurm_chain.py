@@ -7,7 +7,7 @@ import pytest
 from slurm_runs import CHAIN, ROOT, SGD, STEPS, start_script, submit
 from test_train import train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 STAGES = [
     "scenes", "tokenizer", "model small", "train teacher", "model moe", "teacher", "hardness", "train clkd",
     "evaluate", "export", "report",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from slurm_runs import CHAIN, ROOT, SMALL_STEP, site, start_script, submit
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
 
 def refused(done, *texts):

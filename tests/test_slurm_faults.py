@@ -7,7 +7,7 @@ import pytest
 from slurm_cluster import SMALL_BYTES
 from slurm_runs import EVERY, SGD, SMALL_STEP, STEPS, copy_run, same_stores, start_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 MIDDLE = EVERY + EVERY // 2
 """Behind a checkpoint, and steps away from the next."""
 RANK, WORKER = "^[^ ]*python train.py", "^[^ ]*python -m pipeline.teacher --worker"
