@@ -189,7 +189,7 @@ def line(row: dict[str, Any], first: dict[str, Any]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Three panels over the number of samples: planning, memory, the next batch."""
-    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     samples = [row["samples"] for row in rows]
     slow = [(row["samples"], row["sort_all_s"]) for row in rows if row["sort_all_s"]]
@@ -200,7 +200,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         left.loglog(*zip(*slow, strict=True), "s--", color="#667085", label="baseline: sort all")
     left.axhline(5, color="#c2578a", linewidth=0.8, linestyle=":", label="5 s")
     left.set_title("Planning a window, s", fontsize=10, loc="left")
-    left.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8)
     shown = [row for row in rows if row["samples"] >= 1_000_000]  # below, a process's own changes outweigh the table
     middle.semilogx([r["samples"] for r in shown], [r["bytes_a_sample"] for r in shown], "o-", color="#0d9488")
     middle.axhline(24, color="#c2578a", linewidth=0.8, linestyle=":")
