@@ -5,6 +5,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 CPU_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(abspath $(VENV))/bin:$$PATH"
 
+# Test files side by side, in the order of tests/conftest.py; each file's fixtures are made once.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 # of make ablation: cells at once; the split that is scored
 JOBS ?= 1
 SPLIT ?= test
@@ -34,11 +37,11 @@ ablation: install
 test: check
 
 check: lint
-	$(CPU_ENV) $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slurm"
+	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slurm"
 	$(CPU_ENV) $(PY) -m pytest -q -m slurm
 
 test-fast: install
-	$(CPU_ENV) $(PY) -m pytest -q -n auto --maxprocesses 4 --dist loadfile -m "not slow"
+	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slow"
 
 # 30 random faults on a Slurm of this machine's own (root, and Debian's packages for it: see .ci/run).
 soak: install

@@ -8,6 +8,15 @@ import pytest
 from slurm_cluster import Cluster, NotPermitted
 from slurm_runs import CHAIN, SGD, Training, copy_run, job_ids, submit, write_recipe
 
+LONGEST = "train checkpoint feature_training teacher ablation expert_parallel families bench_tools footprint".split()
+"""Files that take about a minute and more, by falling length."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: with several workers none of them is left to the end."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
 
 @dataclass
 class ChainRun:
