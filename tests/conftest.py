@@ -13,9 +13,12 @@ LONGEST = "train checkpoint feature_training teacher ablation expert_parallel fa
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first: with several workers none of them is left to the end."""
+    """Long files first: with several workers none of them is left to the end. Jobs on a busy machine start late."""
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 @dataclass

@@ -145,11 +145,11 @@ class Cluster:
         words = self.run("scontrol", "-o", "show", "job", str(job)).stdout.split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job: int | str, timeout_s: float = 240.0) -> dict[str, str]:
+    def wait(self, job: int | str, timeout_s: float = 480.0) -> dict[str, str]:
         """Wait until a job has ended, requeues included."""
         return self.wait_for(job, lambda found: found["JobState"] in ENDED, timeout_s)
 
-    def wait_for(self, job: int | str, reached, timeout_s: float = 240.0) -> dict[str, str]:
+    def wait_for(self, job: int | str, reached, timeout_s: float = 480.0) -> dict[str, str]:
         """Wait until what `scontrol show job` says satisfies `reached`."""
         deadline = time.monotonic() + timeout_s
         while not reached(found := self.job(job)):

@@ -58,7 +58,7 @@ def site(cluster: Cluster) -> dict[str, str]:
         "CLKD_VENV": sys.prefix,
         "CLKD_LOCAL": str(cluster.folder / "local"),
         "CLKD_INTERFACE": "eth0",
-        "CLKD_COLLECTIVE_TIMEOUT_S": "120",
+        "CLKD_COLLECTIVE_TIMEOUT_S": "300",
         "DS_ACCELERATOR": "cpu",
         "DS_CONFIG": "ds_configs/cpu_smoke.json",
         "OMP_NUM_THREADS": "1",
@@ -102,7 +102,7 @@ class Training:
         self.job = start_script(self.cluster, "train", self.recipe, *options, words=words, **variables)
         return self.job
 
-    def wait_for_step(self, step: int, timeout_s: float = 120.0) -> None:
+    def wait_for_step(self, step: int, timeout_s: float = 300.0) -> None:
         """Wait until a step is logged."""
         deadline = time.monotonic() + timeout_s
         while not (self.steps() and self.steps()[-1] >= step):
