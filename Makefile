@@ -21,7 +21,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "torch==2.13.0"
 	$(PY) -m pip install -q "torch==2.13.0" -r requirements-dev.txt
-	$(CPU_ENV) $(PY) tools/build_ops.py
+	$(CPU_ENV) $(PY) -m tools.build_ops
 	touch $@
 
 demo: install

@@ -21,6 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from pipeline.errors import ConfigError, LostContactError, UserError
+from pipeline.operators import clear_stale_locks
 
 LOCK_WAIT_S, OTHER_JOB_WAIT_S = 60.0, 5.0
 TIMEOUT_VARIABLE = "CLKD_COLLECTIVE_TIMEOUT_S"
@@ -113,6 +114,7 @@ def start_distributed() -> None:
     }
     if "RANK" not in os.environ:
         os.environ.update(alone)
+    clear_stale_locks()
     timeout = collective_timeout()
     # DeepSpeed forms the expert groups without a timeout: they get torch's default, half an hour with gloo.
     distributed_c10d.default_pg_timeout = timeout

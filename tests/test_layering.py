@@ -10,8 +10,8 @@ ORDER = (
     "store_export store losses fused_head features activations footprint flops families models hf_folder leases "
     "compatibility teacher_forward teacher pooling table_loops hardness_table curriculum release schedules plan "
     "native_moe moe upcycling student engine engine_state checkpoint model_card export metrics shipping batches step "
-    "step_metrics validation_gap distillation runtime train experts generate likelihood latency results evaluate "
-    "report_plots report_data hardness_scores hardness_page hardness_view hardness report demo"
+    "step_metrics validation_gap distillation operators runtime train experts generate likelihood latency results "
+    "evaluate report_plots report_data hardness_scores hardness_page hardness_view hardness report demo"
 ).split()
 
 

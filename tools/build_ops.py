@@ -2,6 +2,9 @@
 
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
+from pipeline.operators import clear_stale_locks
+
 if __name__ == "__main__":
+    clear_stale_locks()
     ShareMemCommBuilder().load(verbose=False)
     print("DeepSpeed's shared-memory collectives are built")
