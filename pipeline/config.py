@@ -246,10 +246,13 @@ class FeatureConfig(Section):
     student_layer: Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0)]
     """Hidden states that this decoder layer of the student reads, from 0; the number of layers means those that the LM
     head reads. The teacher's layer is `targets.sketches.layer`."""
-    weight: NonNegative = 1.0
+    weight: NonNegative = 10.0
     """l_f: weight of the feature term; 0 is the same as no `features`."""
-    release_to: Fraction = 0.6
-    """t1 of features: share of training at which their release ends."""
+    tilt: Range = (1.0, 1.0)
+    """beta on feature rows at the start and once all samples are eligible: above 0 hard ones count more, below 0 easy
+    ones, `[0, 0]` all alike."""
+    release_to: Fraction | None = None
+    """t1 of features: share of training at which their release ends; None: that of the KL term."""
 
 
 class DistillConfig(Section):
@@ -257,16 +260,16 @@ class DistillConfig(Section):
 
     alpha_start: Fraction = 0.9
     """a0: share of the KL term before release."""
-    alpha_end: Fraction = 0.0
-    """a1: share of the KL term after release."""
+    alpha_end: Fraction = 0.5
+    """a1: share of the KL term after release. At 0 the store is no longer read for a released sample."""
     release: Literal["cosine", "linear", "step", "constant", "adaptive"] = "cosine"
     """Shape of the release; `step` falls in four equal steps, `constant` keeps alpha_start (vanilla KD), `adaptive`
     follows the share of the gap to the teacher that is still open on held-out samples."""
     adaptive: AdaptiveConfig = AdaptiveConfig()
     """Settings of `release: adaptive`."""
-    release_from: Fraction = 0.2
+    release_from: Fraction = 0.5
     """t0: share of training at which release begins."""
-    release_to: Fraction = 0.9
+    release_to: Fraction = 1.0
     """t1: share of training at which release ends."""
     hardness_delay: NonNegative = 0.15
     """eta: how much later the hardest sample is released, as a share of t1 - t0."""
@@ -274,9 +277,9 @@ class DistillConfig(Section):
     """rho: do not chase tokens that the teacher itself gets wrong."""
     gate_scale: PositiveFloat = 1.0
     """s in nats: softness of the gate."""
-    token_tilt: Range = (-1.0, 1.0)
-    """beta on tokens (and feature rows) at the start and once all samples are eligible: above 0 hard ones count more,
-    below 0 easy ones. `[0, 0]` turns the token granularity of H2G off."""
+    token_tilt: Range = (0.0, 0.0)
+    """beta on tokens at the start and once all samples are eligible: above 0 hard ones count more, below 0 easy ones,
+    `[0, 0]` all alike."""
     features: FeatureConfig | None = None
     """Also distil hidden states; needs `targets.sketches`. Absent: logits alone."""
 
@@ -284,10 +287,9 @@ class DistillConfig(Section):
     def _release_runs_forwards(self) -> Self:
         if self.release_to < self.release_from:
             raise ValueError(f"release_to {self.release_to} lies before release_from {self.release_from}")
-        if self.features is not None and self.features.release_to < self.release_from:
-            raise ValueError(
-                f"features.release_to {self.features.release_to} lies before release_from {self.release_from}"
-            )
+        features_to = self.feature_release.release_to
+        if features_to < self.release_from:
+            raise ValueError(f"features.release_to {features_to} lies before release_from {self.release_from}")
         return self
 
     @model_validator(mode="after")
@@ -305,19 +307,20 @@ class DistillConfig(Section):
 
     @property
     def feature_release(self) -> "DistillConfig":
-        """The release of features: as that of the KL term, but until their own `release_to`."""
-        assert self.features is not None
+        """The release of features: as that of the KL term, but until their own `release_to` if they have one."""
+        if self.features is None or self.features.release_to is None:
+            return self
         return self.model_copy(update={"release_to": self.features.release_to})
 
 
 class CurriculumConfig(Section):
     """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
 
-    competence_start: PositiveFraction = 0.3
+    competence_start: PositiveFraction = 0.9
     """c0: share of samples eligible at the start, easiest first."""
-    competence_until: PositiveFraction = 0.5
+    competence_until: PositiveFraction = 0.2
     """tau_g: share of training at which all samples are eligible."""
-    tilt: Range = (-1.0, 1.0)
+    tilt: Range = (0.0, 0.5)
     """beta on samples at the start and once all are eligible: above 0 hard ones are preferred, below 0 easy ones;
     `[0, 0]` draws the eligible uniformly."""
     window_steps: Positive = 50

@@ -19,7 +19,7 @@ IGNORE = -100
 """Label of a row that does not count."""
 NORMALISER_EMA = 0.9
 GATE_MARGIN = 2.0
-"""How much worse than the student, in units of s, a teacher may be on a token before its hardness counts less."""
+"""How much worse than the student, in units of s, a teacher may be on a token before the gate begins to close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,15 @@ class DistillationTerms:
     """One micro-batch's share of METHOD section 7, as sums."""
 
     loss_sum: Tensor
-    """Differentiable scalar: sum over tokens of (1 - alpha) CE + alpha b KL."""
+    """Differentiable scalar: sum over tokens of (1 - alpha rho) CE + alpha rho b KL."""
     ce_N: Tensor
     kl_N: Tensor | None
     """KL per token at temperature 1 scale T^2; None without targets."""
     hardness_N: Tensor | None
     weighted_sum: Tensor
-    """Sum of alpha w KL, before normalisation; a negative estimate of a KL counts as 0."""
+    """Sum of alpha rho w KL, before normalisation; a negative estimate of a KL counts as 0."""
     plain_sum: Tensor
-    """Sum of alpha KL, counted the same way."""
+    """Sum of alpha rho KL, counted the same way."""
     gate_N: Tensor | None = None
     """rho; None without targets or gate."""
 
@@ -175,22 +175,18 @@ def token_hardness(kl_N: Tensor) -> Tensor:
 
 
 def learnability_gate(ce_student_N: Tensor, ce_teacher_N: Tensor, scale: float) -> Tensor:
-    """rho = sigmoid((CE_student - CE_teacher) / s): small where the teacher itself is wrong.
+    """rho = min(1, 2 sigmoid((CE_student - CE_teacher) / s + 2)) in [0, 1]: 0 where the teacher itself is wrong.
 
-    [published idea: excess loss, Rho-1, arXiv:2404.07965; soft gate ours]
+    It stays at 1 until the teacher is worse on the data's token by about 2 s nats: one token is one draw, and a teacher
+    that is worse on it by less is not thereby wrong. [published idea: excess loss, Rho-1, arXiv:2404.07965; its shape
+    and margin ours]
     """
-    return torch.sigmoid((ce_student_N - ce_teacher_N) / scale)
+    return (2 * torch.sigmoid((ce_student_N - ce_teacher_N) / scale + GATE_MARGIN)).clamp(max=1)
 
 
 def chased_hardness(hardness_N: Tensor, gate_N: Tensor | None) -> Tensor:
-    """min(1, 2 sigmoid(logit rho + 2)) h: the part of a token's hardness that a better teacher could take away.
-
-    It is h until the teacher is worse on the data's token by 2 s nats, and then falls to 0. One token is one draw: a
-    teacher that is worse on it by less is not thereby wrong. [ours]
-    """
-    if gate_N is None:
-        return hardness_N
-    return hardness_N * (2 * torch.sigmoid(torch.logit(gate_N) + GATE_MARGIN)).clamp(max=1)
+    """rho h: the part of a token's hardness that a better teacher could take away. [ours]"""
+    return hardness_N if gate_N is None else hardness_N * gate_N
 
 
 def token_tilt(hardness_N: Tensor, beta: float) -> Tensor:
@@ -209,7 +205,7 @@ def distillation_loss(
     beta: float = 0.0,
     normaliser: float = 1.0,
 ) -> DistillationTerms:
-    """sum_t [(1 - alpha) CE + alpha (w / normaliser) KL], w = gate * tilt without gradient (METHOD section 7).
+    """sum_t [(1 - alpha rho) CE + alpha rho (w / normaliser) KL], no gradient through rho and w (METHOD section 7).
 
     alpha = 0 everywhere is exactly SFT; no gate, beta 0 and normaliser 1 is exactly vanilla KD.
 
@@ -218,7 +214,7 @@ def distillation_loss(
         labels_N: int64; rows labelled -100 add nothing.
         targets: one row per token; None needs alpha 0 everywhere. Rows with alpha 0 may hold anything finite.
         alpha_N: share of the KL term, in [0, 1].
-        gate_scale: s of the learnability gate in nats; None turns the gate off.
+        gate_scale: s of the learnability gate in nats; None turns the gate off (rho = 1).
         beta: tilt on token hardness.
         normaliser: mean weight of past global batches (`WeightNormaliser`).
 
@@ -242,7 +238,7 @@ def distillation_loss(
             # Both sides at the targets' temperature, so that the gate compares like with like. [ours]
             student_N = ce_N if temperature == 1.0 else cross_entropy_per_token(logits_NV / temperature, labels_N)
             gate_N = learnability_gate(student_N, -targets.gold_logprob, gate_scale)
-            weight_N = weight_N * gate_N
+            alpha_N = alpha_N * gate_N
     distilled_N = torch.where(alpha_N > 0, alpha_N * (weight_N / normaliser) * kl_N, 0.0)
     loss_sum = ((1 - alpha_N) * ce_N + distilled_N).sum()
     plain_N = torch.where(alpha_N > 0, alpha_N * kl_N.detach().clamp(min=0), 0.0)

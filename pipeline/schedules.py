@@ -11,7 +11,7 @@ from pipeline.release import ClosingGap, Floats, release_alpha
 
 
 class Schedules:
-    """Competence, token tilt and alpha of one job."""
+    """Competence, tilts and alpha of one job."""
 
     def __init__(self, job: JobConfig) -> None:
         self._job, self._sampling = job, job.curriculum or CurriculumConfig()
@@ -30,7 +30,14 @@ class Schedules:
 
     def token_beta(self, step: int) -> float:
         """Tilt of the KL's weights on token hardness; 0 without distillation."""
-        betas = self._job.distill.token_tilt if self._job.distill else (0.0, 0.0)
+        return self._tilt(step, self._job.distill.token_tilt) if self._job.distill else 0.0
+
+    def feature_beta(self, step: int) -> float:
+        """Tilt of the feature term's weights on feature hardness; 0 without features."""
+        features = self._job.distill.active_features if self._job.distill else None
+        return self._tilt(step, features.tilt) if features else 0.0
+
+    def _tilt(self, step: int, betas: tuple[float, float]) -> float:
         return tilt(self.competence(step), self._sampling.competence_start, betas)
 
     def alpha(self, step: int, percentile_G: Floats, gap: ClosingGap | None = None) -> Floats:

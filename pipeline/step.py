@@ -84,6 +84,8 @@ class StepContext:
     """Token tilt of this step; 0 without H2G."""
     normaliser: float
     """Mean KL weight of past global batches; the current weights are divided by it."""
+    feature_beta: float = 0.0
+    """Tilt on feature rows of this step."""
     feature_normaliser: float = 1.0
     """The same of the feature term's weights."""
 
@@ -176,7 +178,7 @@ def _feature_terms(context: StepContext, hidden_BSD: Tensor, micro: MicroBatch, 
     assert targets is not None, "the job has features, the micro-batch has no sketches"
     mapped_JR = mapped(context.engine.module, gather(hidden_BSD, targets.places))
     terms = losses.feature_loss(
-        mapped_JR, targets.sketch_JR, targets.alpha_J, beta=context.beta, normaliser=context.feature_normaliser
+        mapped_JR, targets.sketch_JR, targets.alpha_J, beta=context.feature_beta, normaliser=context.feature_normaliser
     )
     stats.add(
         features=targets.count,

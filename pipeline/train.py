@@ -178,7 +178,6 @@ class Trainer:
             group["lr"] = lr
         beta = self.schedules.token_beta(self.step)
         normaliser = self.distillation.normaliser.value if self.distillation else 1.0
-        feature_normaliser = self.distillation.feature_normaliser.value if self.distillation else 1.0
         context = StepContext(
             engine=self.engine,
             head=self.head,
@@ -189,7 +188,8 @@ class Trainer:
             temperature=self.recipe.targets.temperature,
             beta=beta,
             normaliser=normaliser,
-            feature_normaliser=feature_normaliser,
+            feature_beta=self.schedules.feature_beta(self.step),
+            feature_normaliser=self.distillation.feature_normaliser.value if self.distillation else 1.0,
         )
         stats = run_step(context, micro_batches, stop=self.stop.raised)
         self._refuse_not_finite("loss", stats.sums["loss"], micro_batches)
@@ -207,6 +207,7 @@ class Trainer:
             "competence": self.schedules.competence(self.step) if self.job.curriculum else 1.0,
             "beta": beta,
             "normaliser": normaliser,
+            **({"feature_beta": context.feature_beta} if context.features else {}),
         } | self._release_metrics()
 
     def _release_metrics(self) -> dict[str, float]:

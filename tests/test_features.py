@@ -27,6 +27,7 @@ SAMPLES, MICRO, DIM, TOP_K, VOCAB = 8, 4, 64, 8, tiny.TEXT["vocab_size"]
 IDENTITY = {"codec": "packed", "top_k": TOP_K, "bits": 7, "vocab_size": VOCAB, "temperature": 1.0}
 IDENTITY |= {"sketch_layer": 1, "sketch_dim": DIM, "sketch_seed": 0}
 BETA, NORMALISER, WEIGHT = 0.8, 1.3, 2.0
+FEATURE_BETA, FEATURE_NORMALISER = 1.4, 0.7
 ALPHA = np.array([0.9, 0.5, 0.0, 0.7, 0.0, 0.6, 0.9, 0.4], np.float32)
 FEATURE_ALPHA = np.array([0.8, 0.0, 0.0, 0.5, 0.3, 0.9, 0.0, 0.2], np.float32)
 """Of some samples both terms are left, of some one, of some none."""
@@ -116,7 +117,8 @@ def engine_with_map(layer: int | None, stage: int = 1, **job: Any) -> StepContex
     settings = {"global_batch_size": SAMPLES, "weight_decay": 0.0, "distill": distill} | job
     engine = single_rank.engine(model, stage=stage, experts=stage > 0, persistent=0, **settings)
     config = tiny.job(micro_batch_size=MICRO, **settings)
-    return StepContext(engine, FusedHead(engine.module), None, 2, None, config, 1.0, BETA, NORMALISER, NORMALISER)
+    head = FusedHead(engine.module)
+    return StepContext(engine, head, None, 2, None, config, 1.0, BETA, NORMALISER, FEATURE_BETA, FEATURE_NORMALISER)
 
 
 SGD = {"optimizer": "sgd", "lr": 0.5, "grad_clip": 0.0}
@@ -162,7 +164,7 @@ def reference_step(model: Any, weight_RD: Tensor, layer: int, stores: Any) -> tu
             distances = []
             for q, p in zip(reference_rows(out.hidden_states[layer][0], member) @ weight_RD.T, wanted, strict=True):
                 g = (1 - (q @ p) / (q.norm() * p.norm())) / 2
-                f = torch.exp(BETA * (2 * g.detach() - 1)) / NORMALISER
+                f = torch.exp(FEATURE_BETA * (2 * g.detach() - 1)) / FEATURE_NORMALISER
                 loss = loss + WEIGHT * float(feature_alpha) * f * g / rows
                 distances.append(float(g.detach()))
             pooled.append(pool(distances))

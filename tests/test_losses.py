@@ -214,19 +214,23 @@ def test_hardness_of_the_loss_leaves_out_the_squared_temperature():
 
 
 def test_gate_compares_at_one_temperature():
-    """A student equal to the teacher has nothing to catch up on: rho is one half at every temperature."""
-    _, teacher, labels = make_case()
+    """Against the gate of both cross-entropies written out at the targets' temperature."""
+    student, teacher, labels = make_case(tokens=50)
     for temperature in (1.0, 3.0):
         targets = make_targets(teacher, labels, 4, temperature)
         terms = distillation_loss(
-            teacher, labels, targets, torch.ones(TOKENS), temperature=temperature, gate_scale=0.1, beta=0.0
+            student, labels, targets, torch.ones(50), temperature=temperature, gate_scale=0.1, beta=0.0
         )
-        torch.testing.assert_close(terms.gate_N, torch.full((TOKENS,), 0.5), rtol=1e-4, atol=0)
+        worse = (student / temperature).log_softmax(-1) - (teacher / temperature).log_softmax(-1)
+        worse = worse.gather(-1, labels[:, None])[:, 0]
+        expected = (2 / (1 + (worse / 0.1 - 2).exp())).clamp(max=1)
+        torch.testing.assert_close(terms.gate_N, expected, rtol=1e-3, atol=1e-6)
+        assert 0.1 < float((expected < 1).float().mean()) < 0.9
 
 
 def test_gate_and_tilt_values():
     gate = learnability_gate(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0]), scale=0.5)
-    assert gate.tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(6))])
+    assert gate.tolist() == pytest.approx([1.0, 2 / (1 + math.exp(4))])
     assert token_tilt(torch.tensor([0.0, 0.5, 1.0]), 2.0).tolist() == pytest.approx([math.exp(-2), 1, math.exp(2)])
     assert token_tilt(torch.tensor([0.0, 0.3, 1.0]), 0.0).tolist() == [1.0, 1.0, 1.0]
 
@@ -240,9 +244,10 @@ def test_no_gradient_flows_through_the_weights():
 
     kl, ce = sparse_kl(student, targets), F.cross_entropy(student, labels, reduction="none")
     hardness = (1 - (-kl).exp()).sqrt()
-    weights = torch.sigmoid((ce + targets.gold_logprob) / 0.7) * torch.exp(1.3 * (2 * hardness - 1)) / 1.7
-    frozen = ((1 - alpha) * ce + alpha * weights.detach() * kl).sum()
-    leaky = ((1 - alpha) * ce + alpha * weights * kl).sum()
+    taught = alpha * (2 * torch.sigmoid((ce + targets.gold_logprob) / 0.7 + 2)).clamp(max=1)
+    weights = torch.exp(1.3 * (2 * hardness - 1)) / 1.7
+    frozen = ((1 - taught.detach()) * ce + taught.detach() * weights.detach() * kl).sum()
+    leaky = ((1 - taught) * ce + taught * weights * kl).sum()
     torch.testing.assert_close(terms.loss_sum, frozen)
     torch.testing.assert_close(gradient(student, terms.loss_sum), gradient(student, frozen), rtol=1e-4, atol=1e-6)
     assert (gradient(student, leaky) - gradient(student, frozen)).abs().max() > 0.1
@@ -282,9 +287,26 @@ def test_normalised_weights_leave_the_kl_term_its_size(beta):
     normaliser.update(once.weighted_sum.item(), once.plain_sum.item())
     settings = {"gate_scale": 1.0, "beta": beta, "normaliser": normaliser.value}
     again = distillation_loss(student, labels, targets, everything, **settings)
-    plain = distillation_loss(student, labels, targets, everything)
+    plain = distillation_loss(student, labels, targets, everything, gate_scale=1.0)
     torch.testing.assert_close(again.loss_sum, plain.loss_sum)
     assert (again.loss_sum - once.loss_sum).abs() > 0.1
+
+
+def test_gate_gives_the_data_what_it_takes_from_a_wrong_teacher():
+    """Where the teacher is sure of another token the data alone teaches; all else is as without the gate."""
+    student, _, labels = make_case()
+    teacher = 4 * F.one_hot(labels, VOCAB).float()
+    teacher[3] = 40 * F.one_hot((labels[3] + 1) % VOCAB, VOCAB).float()
+    student[3] = 0.0
+    student.requires_grad_()
+    targets, alpha = make_targets(teacher, labels), torch.full((TOKENS,), 0.9)
+    gated = gradient(student, distillation_loss(student, labels, targets, alpha, gate_scale=1.0).loss_sum)
+    plain = gradient(student, distillation_loss(student, labels, targets, alpha).loss_sum)
+    sft = gradient(student, F.cross_entropy(student, labels, reduction="sum"))
+    right = torch.arange(TOKENS) != 3
+    torch.testing.assert_close(gated[3], sft[3], rtol=1e-4, atol=1e-5)
+    assert torch.equal(gated[right], plain[right])
+    assert float((plain[3] - sft[3]).abs().max()) > 0.5
 
 
 # -- the whole loss ----------------------------------------------------------------------------------------------

@@ -47,6 +47,10 @@ def test_schedules_read_the_jobs_own_settings():
     )
     assert job.competence(300) == pytest.approx(competence(0.25, 0.4, 0.8))
     assert [job.token_beta(0), job.token_beta(1199)] == pytest.approx([-0.5, 0.25])
+    assert job.feature_beta(0) == 0
+    features = {"student_layer": 2, "tilt": (0.5, 2.0)}
+    job = schedules(8, distill={"token_tilt": (0, 0), "features": features}, curriculum={"competence_start": 0.4})
+    assert [job.feature_beta(0), job.feature_beta(1199), job.token_beta(600)] == pytest.approx([0.5, 2.0, 0.0])
     without = schedules(8)
     assert without.token_beta(0) == 0 and without.alpha(0, PERCENTILES).tolist() == [0.0] * 7
 

@@ -11,13 +11,23 @@ from typing import Any
 Values = Mapping[str, Any]
 
 KD: Values = {
-    "distill": {"release": "constant", "gate": False, "token_tilt": (0.0, 0.0), "hardness_delay": 0.0},
+    "distill": {
+        "release": "constant",
+        "gate": False,
+        "token_tilt": (0.0, 0.0),
+        "hardness_delay": 0.0,
+        "features": None,
+    },
     "curriculum": None,
 }
 """Vanilla KD: the same share of KL throughout, every token alike, a uniform shuffle."""
 SFT: Values = {"distill": None, "curriculum": None}
 DENSE: Values = {"init": "models.dense"}
 CONSTANT: Values = {"distill": {"release": "constant"}}
+REVERSED: Values = {"distill": {"features": {"tilt": (-1.0, -1.0)}}, "curriculum": {"tilt": (0.0, -0.5)}}
+EASY: Values = {"curriculum": {"competence_start": 0.3, "competence_until": 0.5, "tilt": (-1.0, 1.0)}}
+ALIKE: Values = {"tilt": (0.0, 0.0)}
+"""Features that all count alike."""
 SAMPLED: Values = {"codec": "sampled"}
 
 
@@ -43,20 +53,19 @@ ROWS: dict[str, Row] = {
     "base": Row("base student, before the rows' training", model="base"),
     "sft": Row("SFT", SFT),
     "kd": Row("vanilla KD", KD),
-    "kd_static": Row("KD + static H2G", {**CONSTANT, "hardness": {"dynamic": False}}, static=True),
-    "kd_dynamic": Row("KD + dynamic H2G (= CLKD, PRD constant)", CONSTANT),
-    "clkd": Row("CLKD: KD + dynamic H2G + PRD cosine"),
-    "features": Row("CLKD + features", {"distill": {"features": {"student_layer": 2}}}),
+    "kd_features": Row("KD + features, no H2G", {**KD, "distill": {**KD["distill"], "features": ALIKE}}),
+    "kd_static": Row("KD + features + static H2G", {**CONSTANT, "hardness": {"dynamic": False}}, static=True),
+    "kd_dynamic": Row("KD + features + dynamic H2G (= CLKD, PRD constant)", CONSTANT),
+    "clkd": Row("CLKD: KD + features + dynamic H2G + PRD cosine"),
+    "no_features": Row("CLKD without features", {"distill": {"features": None}}),
     "gate_off": Row("CLKD, gate off", {"distill": {"gate": False}}),
-    "reversed": Row(
-        "CLKD, reversed beta", {"distill": {"token_tilt": (1.0, -1.0)}, "curriculum": {"tilt": (1.0, -1.0)}}
-    ),
+    "reversed": Row("CLKD, reversed beta", REVERSED),
     "uniform": Row("CLKD, uniform order", {"curriculum": None}),
+    "easy": Row("CLKD, long easy phase", EASY),
+    "released": Row("CLKD, PRD to alpha 0", {"distill": {"alpha_end": 0.0}}),
     "linear": Row("CLKD, PRD linear", {"distill": {"release": "linear"}}),
-    "step": Row("CLKD, PRD step", {"distill": {"release": "step"}}),
     "adaptive": Row("CLKD, PRD adaptive", {"distill": {"release": "adaptive"}}),
-    "kd_prd": Row("KD + PRD cosine, no H2G", {**KD, "distill": {**KD["distill"], "release": "cosine"}}),
-    "instance": Row("CLKD, instance-only H2G", {"distill": {"token_tilt": (0.0, 0.0)}}),
+    "instance": Row("CLKD, instance-only H2G", {"distill": {"features": ALIKE}}),
     "token": Row("CLKD, token-only H2G", {"curriculum": None, "distill": {"hardness_delay": 0.0}}),
     "clkd_sampled": Row("CLKD, sampled targets", targets=SAMPLED),
     "kd_sampled": Row("vanilla KD, sampled targets", KD, targets=SAMPLED),
@@ -67,7 +76,10 @@ ROWS: dict[str, Row] = {
     "sft_x2": Row("SFT, 2 x data", SFT, data=2),
     "clkd_x2": Row("CLKD, 2 x data", data=2),
     "sft_x4": Row("SFT, 4 x data", SFT, data=4),
+    "kd_x4": Row("vanilla KD, 4 x data", KD, data=4),
     "clkd_x4": Row("CLKD, 4 x data", data=4),
+    "step": Row("CLKD, PRD step", {"distill": {"release": "step"}}),
+    "kd_prd": Row("KD + PRD cosine, no H2G", {**KD, "distill": {**KD["distill"], "release": "cosine"}}),
 }
 """By name, in order of the table and of work."""
 BASELINE = "kd"
