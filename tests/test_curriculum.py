@@ -418,7 +418,7 @@ def test_scores_that_come_while_a_plan_is_made_are_not_lost():
 
 
 def test_a_run_goes_from_easy_to_all():
-    total, run = 40, Run(CurriculumConfig(window_steps=4))
+    total, run = 40, Run(CurriculumConfig(window_steps=4, competence_start=0.3, competence_until=0.5))
     percentiles = [max(run.step(step, total)[1]) for step in range(total)]
     assert max(percentiles[:4]) <= 0.3
     assert max(percentiles[24:]) > 0.95

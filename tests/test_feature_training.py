@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_train import TINY, interrupt, losses, metrics, saved_step, stage, train, weights
+from test_train import DISTILL, TINY, interrupt, losses, metrics, saved_step, stage, train, weights
 
 from pipeline import checkpoint
 from pipeline.hardness_table import HardnessTable
 
 pytestmark = pytest.mark.slow
-FEATURES = "{features: {student_layer: 1, release_to: 0.7}}"
+FEATURES = {"student_layer": 1, "weight": 1.0, "tilt": [-1.0, 1.0], "release_to": 0.7}
 SGD = {"optimizer": "sgd", "lr": 0.5, "router": {"balance": 0.01, "z": 0.001}}
 W = "feature_map.weight"
 
@@ -30,7 +30,7 @@ def prepared(tmp_path_factory):
     recipe = TINY | {
         "run": {"dir": str(run)},
         "targets": TINY["targets"] | {"teacher": "models.small", "sketches": {"layer": 1, "dim": 64}},
-        "jobs": jobs | {"clkd": jobs["clkd"] | SGD | {"distill": yaml.safe_load(FEATURES)}},
+        "jobs": jobs | {"clkd": jobs["clkd"] | SGD | {"distill": DISTILL | {"features": FEATURES}}},
     }
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     stage(run, "-m", "pipeline.scenes")

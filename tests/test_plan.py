@@ -14,8 +14,11 @@ def make_table(seed=0):
     return HardnessTable([f"{i:04d}" for i in range(COUNT)], ["a" if i % 3 else "b" for i in range(COUNT)], prior)
 
 
-def make_plan(settings=None):
-    return WindowPlan(COUNT, BATCH, WINDOW, 7, settings or CurriculumConfig(window_steps=WINDOW), HardnessConfig())
+MOVING = CurriculumConfig(window_steps=WINDOW, competence_start=0.3, competence_until=0.5, tilt=(-1.0, 1.0))
+
+
+def make_plan(settings=MOVING):
+    return WindowPlan(COUNT, BATCH, WINDOW, 7, settings, HardnessConfig())
 
 
 def walk(plan, table, steps, start=0):

@@ -11,9 +11,13 @@ from pipeline.release import RELEASES, ClosingGap, release_alpha
 SHAPES = sorted(RELEASES)
 
 
+WHOLE = {"alpha_end": 0.0, "release_from": 0.2, "release_to": 0.9}
+"""Until the teacher is gone."""
+
+
 def alphas(tau, percentile=(0.0,), gap=None, **changes):
     percentile_G = np.array(percentile, np.float32)
-    return release_alpha(tau, percentile_G, DistillConfig(**changes), gap).tolist()
+    return release_alpha(tau, percentile_G, DistillConfig(**WHOLE | changes), gap).tolist()
 
 
 def closing(*gaps, every=0.1, start=0.0, ema=0.0):

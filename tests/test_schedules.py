@@ -61,7 +61,7 @@ def test_the_tool_prints_and_draws_the_demos_schedules(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "clkd: 270 steps of 16 samples, release: cosine" in printed and "dense_sft" not in printed
     rows = [line.split() for line in printed.split("clkd:")[1].splitlines()[2:13]]
-    assert rows[0] == ["0", "0.700", "0.700", "0.700", "0.900", "-0.30"]
+    assert rows[0] == ["0", "0.700", "0.700", "0.700", "0.900", "0.00"]
     assert rows[-1][:4] == ["4,304", "0.000", "0.000", "0.000"]
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
 

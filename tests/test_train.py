@@ -29,6 +29,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 STEPS, WINDOW, BATCH = 8, 7, 8
 """An interrupt after step 2 to 6 lies inside the first window; the second is planned from the resumed table."""
+DISTILL = {"token_tilt": [-1.0, 1.0], "alpha_end": 0.0, "release_from": 0.2, "release_to": 0.9}
+"""Every part at work within a few steps, and the teacher gone at the end."""
 TINY = {
     "scenes": {"train": 12, "val": 2, "test": 4, "width": 128, "height": 96, "workers": 1},
     "data": {"max_pixels": 128 * 96, "max_length": 256},
@@ -46,8 +48,10 @@ TINY = {
             "vision_words": 1},
         "clkd": {
             "init": "models.moe", "steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "lr": 0.01,
-            "grad_clip": 0.1, "checkpoint_every": 100, "log_every": 1, "distill": {},
-            "curriculum": {"window_steps": WINDOW},
+            "grad_clip": 0.1, "checkpoint_every": 100, "log_every": 1, "distill": DISTILL,
+            "curriculum": {
+                "window_steps": WINDOW, "competence_start": 0.3, "competence_until": 0.5, "tilt": [-1.0, 1.0],
+            },
         },
     },
 }  # fmt: skip
@@ -240,7 +244,7 @@ def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
 
 ADAPTIVE = {
     "lr": 3e-4,  # so that the gap closes little by little
-    "distill": {"release": "adaptive", "release_from": 0.0, "adaptive": {"samples": 9, "every": 0.25}},
+    "distill": DISTILL | {"release": "adaptive", "release_from": 0.0, "adaptive": {"samples": 9, "every": 0.25}},
     "hardness": {"dynamic": False},
 }
 
