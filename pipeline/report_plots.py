@@ -175,7 +175,7 @@ def schedule_curves(jobs: Sequence[JobCurves]) -> str:
     panels = (
         Panel("alpha", "Weight of the teacher (alpha)", top=1.05, band=("alpha_min", "alpha_max")),
         Panel("competence", "Share of samples eligible", idle=1.0, top=1.05),
-        Panel("beta", "Tilt to hard tokens (beta)", bottom=None),
+        Panel("sample_beta", "Tilt to hard samples (beta)", bottom=None),
         Panel("token_hardness", "Token hardness (mean)", distilling=True),
         Panel("targets_read", "Targets read in a step (samples)"),
         Panel("gap", "Gap to the teacher (nats a token)", bottom=None),

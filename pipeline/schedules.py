@@ -28,6 +28,10 @@ class Schedules:
         """Share of samples eligible; a sampler's window keeps that of its first step."""
         return competence(self.tau(step), self._sampling.competence_start, self._sampling.competence_until)
 
+    def sample_beta(self, step: int) -> float:
+        """Tilt of the order on instance hardness; a sampler's window keeps that of its first step. 0 without one."""
+        return self._tilt(step, self._sampling.tilt) if self._job.curriculum else 0.0
+
     def token_beta(self, step: int) -> float:
         """Tilt of the KL's weights on token hardness; 0 without distillation."""
         return self._tilt(step, self._job.distill.token_tilt) if self._job.distill else 0.0

@@ -205,7 +205,8 @@ class Trainer:
             "lr": lr,
             "grad_norm": grad_norm,
             "competence": self.schedules.competence(self.step) if self.job.curriculum else 1.0,
-            "beta": beta,
+            "sample_beta": self.schedules.sample_beta(self.step),
+            "token_beta": beta,
             "normaliser": normaliser,
             **({"feature_beta": context.feature_beta} if context.features else {}),
         } | self._release_metrics()

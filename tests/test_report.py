@@ -138,7 +138,7 @@ def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
                 "alpha_min": min(most, least),
                 "alpha_max": max(most, least),
                 "targets_read": 16.0 * (alpha > 0),
-                "beta": tilt(competence(tau, 0.3, 0.5), 0.3, (-1.0, 1.0)) if name == "clkd" else 0.0,
+                "sample_beta": tilt(competence(tau, 0.3, 0.5), 0.3, (-1.0, 1.0)) if name == "clkd" else 0.0,
                 "competence": competence(tau, 0.3, 0.5) if name == "clkd" else 1.0,
                 "token_hardness": np.sqrt(1 - np.exp(-kl)),
             }

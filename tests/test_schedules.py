@@ -31,6 +31,7 @@ def test_another_batch_size_keeps_the_curves_over_samples(release, batch):
         assert one.tau(earlier) == other.tau(step)
         assert one.competence(earlier) == other.competence(step)
         assert one.token_beta(earlier) == other.token_beta(step)
+        assert one.sample_beta(earlier) == other.sample_beta(step)
         assert np.array_equal(one.alpha(earlier, PERCENTILES), other.alpha(step, PERCENTILES))
 
 
@@ -48,11 +49,12 @@ def test_schedules_read_the_jobs_own_settings():
     assert job.competence(300) == pytest.approx(competence(0.25, 0.4, 0.8))
     assert [job.token_beta(0), job.token_beta(1199)] == pytest.approx([-0.5, 0.25])
     assert job.feature_beta(0) == 0
+    assert [job.sample_beta(0), job.sample_beta(1199)] == pytest.approx([0.0, 0.5])  # the default
     features = {"student_layer": 2, "tilt": (0.5, 2.0)}
     job = schedules(8, distill={"token_tilt": (0, 0), "features": features}, curriculum={"competence_start": 0.4})
     assert [job.feature_beta(0), job.feature_beta(1199), job.token_beta(600)] == pytest.approx([0.5, 2.0, 0.0])
     without = schedules(8)
-    assert without.token_beta(0) == 0 and without.alpha(0, PERCENTILES).tolist() == [0.0] * 7
+    assert without.token_beta(0) == without.sample_beta(0) == 0 and without.alpha(0, PERCENTILES).tolist() == [0.0] * 7
 
 
 def test_the_tool_prints_and_draws_the_demos_schedules(tmp_path, capsys):
@@ -62,7 +64,7 @@ def test_the_tool_prints_and_draws_the_demos_schedules(tmp_path, capsys):
     assert "clkd: 270 steps of 16 samples, release: cosine" in printed and "dense_sft" not in printed
     rows = [line.split() for line in printed.split("clkd:")[1].splitlines()[2:13]]
     assert rows[0] == ["0", "0.700", "0.700", "0.700", "0.900", "0.00"]
-    assert rows[-1][:4] == ["4,304", "0.000", "0.000", "0.000"]
+    assert rows[-1][:4] == ["4,304", "0.000", "0.000", "0.000"] and rows[-1][-1] == "0.50"
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
 
 

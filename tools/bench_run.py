@@ -29,8 +29,12 @@ Figures = dict[str, object]
 
 
 def make_run(folder: Path, scenes: int, overrides: Sequence[str]) -> Recipe:
-    """A run in `folder` up to its processor: the demo's recipe, changed, with `scenes` images and their questions."""
-    recipe = load_recipe(DEMO, [f"run.dir={folder}", "targets.teacher=models.teacher", *overrides])
+    """A run in `folder` up to its processor: the demo's recipe, changed, with `scenes` images and their questions.
+
+    Soft targets alone: its features are those of a layer that a model of another size need not have.
+    """
+    logits_only = ["targets.sketches=null", "jobs.clkd.distill.features=null"]
+    recipe = load_recipe(DEMO, [f"run.dir={folder}", "targets.teacher=models.teacher", *logits_only, *overrides])
     draw_scenes(recipe.data_root, scenes, recipe.scenes.width, recipe.scenes.height)
     write_processor(recipe, read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split))
     return recipe

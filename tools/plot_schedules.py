@@ -37,7 +37,7 @@ def scheduled(recipe: Recipe) -> dict[str, JobConfig]:
 
 
 def values(job: JobConfig, steps: Sequence[int]) -> Floats:
-    """A row for each step: samples seen before it, alpha at the three percentiles, competence, beta."""
+    """A row for each step: samples seen before it, alpha at the three percentiles, competence, tilt of the order."""
     schedules = Schedules(job)
     latest, percentiles = ClosingGap(ema=0.0), np.array(PERCENTILES, np.float32)
     rows = [
@@ -45,7 +45,7 @@ def values(job: JobConfig, steps: Sequence[int]) -> Floats:
             schedules.samples(step),
             *schedules.alpha(step, percentiles, latest),
             schedules.competence(step) if job.curriculum else 1.0,
-            schedules.token_beta(step),
+            schedules.sample_beta(step),
         ]
         for step in steps
     ]
@@ -58,7 +58,7 @@ def table(name: str, job: JobConfig) -> str:
     about = f"{job.steps:,} steps of {job.global_batch_size} samples"
     release = f", release: {job.distill.release}" if job.distill else ""
     lines = [f"{name}: {about}{release}", f"{'samples seen':>14}{'alpha: easy':>13}{'median':>9}{'hard':>9}"]
-    lines[1] += f"{'competence':>12}{'beta':>8}"
+    lines[1] += f"{'competence':>12}{'tilt':>8}"
     for samples, easy, median, hard, competence, beta in values(job, steps).tolist():
         lines.append(f"{samples:>14,.0f}{easy:>13.3f}{median:>9.3f}{hard:>9.3f}{competence:>12.3f}{beta:>8.2f}")
     return "\n".join(lines)
@@ -74,7 +74,7 @@ def plot(jobs: dict[str, JobConfig], path: Path) -> None:
         panels[0].fill_between(samples, easy, hard, color=colour, alpha=0.2, linewidth=0)
         for panel, curve in zip(panels, (median, competence, beta), strict=True):
             panel.plot(samples, curve, color=colour, label=name, linewidth=1.6)
-    titles = ("Weight of the teacher (alpha)", "Share of samples eligible", "Tilt to hard tokens (beta)")
+    titles = ("Weight of the teacher (alpha)", "Share of samples eligible", "Tilt to hard samples (beta)")
     for panel, title in zip(panels, titles, strict=True):
         _finish(panel, title)
     panels[0].set_ylim(0, 1.05)
