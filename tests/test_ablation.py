@@ -16,10 +16,11 @@ from pipeline import scenes, student, teacher, tokenizer
 from pipeline.command_line import load_recipe
 from pipeline.data import read_samples
 from pipeline.errors import UserError
+from pipeline.hardness_table import HardnessTable
 from pipeline.scenes import write_scenes
 from tools.ablation import begin, cell_recipe, data_root, make_cells, shared_digest
 from tools.ablation import main as ablation
-from tools.ablation_cell import rank_correlation, summary
+from tools.ablation_cell import _hardness_at_the_end, rank_correlation, summary
 from tools.ablation_data import subset
 from tools.ablation_rows import BASELINE, ROWS
 from tools.ablation_table import (
@@ -141,6 +142,22 @@ def test_another_teacher_is_another_cell_for_rows_that_have_one(recipe):
     after = {name: cells_of(recipe, name)[0].fingerprints["training"] for name in ("sft", "kd")}
     assert before["sft"] == after["sft"]
     assert before["kd"] != after["kd"]
+
+
+def test_hardness_at_the_end_is_that_of_the_samples_that_were_not_held_out(tmp_path):
+    """The last sample is in no table: an adaptive release measures its gap on it."""
+    small = "scenes={train: 8, val: 2, test: 2, width: 96, height: 64, workers: 1}"
+    recipe = load_recipe(RECIPE, [small, f"run.dir={tmp_path}", f"data.root={tmp_path}/data", "job=student"])
+    write_scenes(tmp_path / "data", recipe.scenes)
+    trained = read_samples("coda_lm", tmp_path / "data", "Train")[:-1]
+    lengths = np.array([len(sample.answer) for sample in trained], np.float32)
+    table = HardnessTable([s.sample_id for s in trained], [s.task for s in trained], lengths / 1000)
+    table.update(np.arange(len(trained)), lengths / 500, step=3, ema=0.0)
+    (tmp_path / "jobs" / "student").mkdir(parents=True)
+    table.save(tmp_path / "jobs" / "student" / "hardness.parquet")
+    found = _hardness_at_the_end(recipe)
+    assert found["scored"] == len(trained)
+    assert found["hardness_and_length"] == pytest.approx(1.0) == found["hardness_and_prior"]
 
 
 def test_subsets_are_nested_and_whole(tmp_path):

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -115,7 +116,8 @@ def _hardness_at_the_end(recipe: Recipe) -> Json:
     if not path.is_file():
         return {}
     table, data = HardnessTable.load(path), recipe.data
-    samples = read_samples(data.format, recipe.data_root, data.train_split)
+    ids = set(chain.from_iterable(block.to_pylist() for block in table.ids()))  # an adaptive release holds some out
+    samples = [s for s in read_samples(data.format, recipe.data_root, data.train_split) if s.sample_id in ids]
     seen = table.last_step >= 0
     groups = [np.flatnonzero(seen & (table.stratum == code)) for code in range(len(table.strata))]
     groups = [group for group in groups if len(group) > 1]
