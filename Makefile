@@ -25,14 +25,14 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: install
-	$(PY) -m pipeline.demo --config pipeline/recipes/demo.yaml
+	$(PY) -m pipeline run demo
 
 reproduce: install
-	$(PY) -m pipeline.demo --config pipeline/recipes/reproduce.yaml
+	$(PY) -m pipeline run reproduce
 
 # Settings are chosen with SPLIT=val; the test split is scored once per row and seed.
 ablation: install
-	$(PY) -m tools.ablation --config pipeline/recipes/ablation.yaml --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
+	$(PY) -m tools.ablation.run --config pipeline/recipes/ablation.yaml --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
 
 test: check
 
@@ -45,7 +45,7 @@ test-fast: install
 
 # 30 random faults on a Slurm of this machine's own (root, and Debian's packages for it: see .ci/run).
 soak: install
-	$(CPU_ENV) PYTHONPATH=. $(PY) tests/slurm_soak.py
+	$(CPU_ENV) PYTHONPATH=. $(PY) tests/cluster/slurm_soak.py
 
 lint: install
 	$(VENV)/bin/ruff check .

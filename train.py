@@ -1,7 +1,6 @@
 """`deepspeed train.py --config RECIPE.yaml --deepspeed_config ds_configs/X.json job=NAME`"""
 
-from pipeline.errors import run_main
-from pipeline.train import main
+from pipeline.cli import train
 
 if __name__ == "__main__":
-    run_main(main)
+    train()

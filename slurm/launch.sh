@@ -17,7 +17,7 @@ OVERRIDES=("$@")
 begin() {
   local facts
   STAGE="$1"
-  facts="$(inside python -m tools.job_record begin "$STAGE" --config "$RECIPE" "${OVERRIDES[@]}")"
+  facts="$(inside python -m pipeline record begin "$RECIPE" --stage "$STAGE" "${OVERRIDES[@]}")"
   eval "$facts" # RUN_DIR, RUN_LOGS, MASTER_PORT
   export RUN_LOGS MASTER_PORT
   MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
@@ -36,7 +36,7 @@ launch() {
   trap - TERM
 
   state="$(scontrol -o show job "$me" | grep -o 'JobState=[A-Z_]*' || true)"
-  outcome="$(inside python -m tools.job_record end "$STAGE" --config "$RECIPE" --state "${state#JobState=}" "${OVERRIDES[@]}")"
+  outcome="$(inside python -m pipeline record end "$RECIPE" --stage "$STAGE" --state "${state#JobState=}" "${OVERRIDES[@]}")"
   if [[ $outcome == requeue ]] && scontrol requeue "$me"; then sleep 300; fi # Slurm ends this script
   [[ $outcome == done ]]
 }

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from slurm_cluster import Cluster, NotPermitted
-from slurm_runs import CHAIN, SGD, Training, copy_run, job_ids, submit, write_recipe
+
+from tests.cluster.slurm_cluster import Cluster, NotPermitted
+from tests.cluster.slurm_runs import CHAIN, SGD, Training, copy_run, job_ids, submit, write_recipe
 
 LONGEST = "train checkpoint feature_training teacher ablation expert_parallel families bench_tools footprint".split()
 """Files that take about a minute and more, by falling length."""
@@ -30,7 +31,7 @@ class ChainRun:
     last: dict[str, str]
     """The last job's end."""
     status: str
-    """What `tools.submit status` said while the student trained."""
+    """What `pipeline.cluster.submit status` said while the student trained."""
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from pipeline.operators import clear_stale_locks
+from pipeline.training.operators import clear_stale_locks
 
 if __name__ == "__main__":
     clear_stale_locks()

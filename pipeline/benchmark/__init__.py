@@ -1,0 +1,1 @@
+"""The embedded data set: drawn driving scenes, their words, tokenizer and scores."""

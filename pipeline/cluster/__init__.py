@@ -1,0 +1,1 @@
+"""The whole chain: on this machine, or as Slurm jobs."""

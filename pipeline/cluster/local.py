@@ -1,0 +1,171 @@
+"""The whole chain of a recipe, stage by stage, each as the command a person would type.
+
+    clkd run pipeline/recipes/demo.yaml
+
+Every stage is restartable and skips what is finished, so the same command goes on after Ctrl-C or kill -9.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import UserError
+from pipeline.files import write_json
+from pipeline.recipe import Recipe
+
+PR_SET_PDEATHSIG = 1
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the chain: a command, or several that run at once."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+    processes: int = 1
+    """Processes that share this machine's cores."""
+
+
+def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int) -> list[Stage]:
+    """The commands that make everything the recipe names, in order of need.
+
+    Jobs run in the recipe's order; a job's starting model is built first, and before the first job that
+    distils (or orders by hardness) the teacher pass and the hardness table are made.
+    """
+    launched = (sys.executable, "-m")
+    # torchrun and not the deepspeed launcher, whose ranks live on when it is killed: a signal reaches every rank, and
+    # a free port is chosen each time.
+    torchrun = (*launched, "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m")
+    stages: dict[str, Stage] = {}
+
+    def command(stage: str, *options: str, launcher: Sequence[str] = launched) -> tuple[str, ...]:
+        return (*launcher, "pipeline", stage, *recipe_args, *options)
+
+    def add(name: str, *commands: tuple[str, ...], processes: int = 1) -> None:
+        stages.setdefault(name, Stage(name, commands, processes))
+
+    if recipe.data.root is None:
+        add("scenes", command("scenes"))
+    if recipe.tokenizer.path is None:
+        add("tokenizer", command("tokenizer"))
+    for name, job in recipe.jobs.items():
+        model = job.init.removeprefix("models.")
+        if job.init.startswith("models.") and recipe.models[model].path is None:
+            add(f"model {model}", command("student", "--model", model))
+        if job.distill or job.curriculum:
+            workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
+            add("teacher", *workers, processes=ranks)
+            add("hardness", command("hardness"))
+        options = ("--deepspeed_config", str(ds_config), f"job={name}")
+        add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)
+    if recipe.evaluation.rows:
+        add("evaluate", command("evaluate"))
+        last = recipe.evaluation.rows[-1].model
+        if last.startswith("jobs."):
+            out = str(recipe.run.dir / "exported")
+            add("export", command("export", "--out", out, f"job={last.removeprefix('jobs.')}"))
+    add("report", command("report"))
+    return list(stages.values())
+
+
+def run(stages: Sequence[Stage], run_dir: Path) -> None:
+    """Run the stages in order, recording each one's wall time. UserError with the stage's command if one fails."""
+    durations = _Durations(run_dir / "stages.json")
+    for position, stage in enumerate(stages, 1):
+        print(f"\n[{position}/{len(stages)}] {stage.name}", flush=True)
+        started = time.monotonic()
+        failed = _run_together(stage)
+        durations.add(stage.name, time.monotonic() - started)
+        if failed is not None:
+            status, shown = failed[0], " ".join(failed[1])
+            raise UserError(
+                f"stage {stage.name!r} ended with status {status}: {shown}\nIts own message is above. What is finished "
+                "is kept; the same command goes on from here."
+            )
+    print(f"\ntotal {sum(durations.seconds.values()):.0f} s in finished stages; report: {run_dir / 'report.html'}")
+
+
+def _run_together(stage: Stage) -> tuple[int, tuple[str, ...]] | None:
+    """Run the stage's commands to their end; status and command of the first that failed, after which the rest end."""
+    running = {}
+    for number, command in enumerate(stage.commands):
+        variables = environment(stage.processes) | (_one_of_many(number) if len(stage.commands) > 1 else {})
+        running[subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)] = command
+    failed = None
+    try:
+        while running:
+            ended = [process for process in running if process.poll() is not None]
+            for process in ended:
+                command = running.pop(process)
+                if process.returncode and failed is None:
+                    failed = process.returncode, command
+                    _end(running)
+            if not ended:
+                time.sleep(POLL_S)
+    finally:  # interrupted: training writes its checkpoint before the prompt comes back
+        _end(running)
+        for process in running:
+            process.wait()
+    return failed
+
+
+def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+
+
+def _one_of_many(number: int) -> dict[str, str]:
+    """Each worker its own GPU, where there are any; the first one shows its progress for all."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else []
+    own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)] if gpus else str(number)}
+    return own | ({"TQDM_DISABLE": "1"} if number else {})
+
+
+class _Durations:
+    """Seconds per stage in a JSON file, summed over restarts; a stage that was killed with the chain leaves none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 2)
+        write_json(self.path, self.seconds)
+
+
+def environment(processes: int) -> dict[str, str]:
+    """This machine's cores shared by the processes and CPU collectives, unless the caller chose otherwise."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    return {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **os.environ,
+        "PATH": _path(),
+    }
+
+
+def _path() -> str:
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def die_with_parent() -> None:
+    """A stage whose parent is killed gets SIGTERM (training then checkpoints), so that no two runs overlap."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def main(recipe: Recipe, options: argparse.Namespace) -> None:
+    """The command `run`."""
+    recipe_args = [str(options.recipe), *options.overrides]
+    run(plan(recipe, recipe_args, options.deepspeed_config, options.ranks), recipe.run.dir)

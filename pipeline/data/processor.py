@@ -1,0 +1,283 @@
+"""Samples to model inputs and back: chat template, tokenizer and image processor of one checkpoint.
+
+transformers' own Qwen3VLProcessor needs torchvision for its video half. This one does the same for images
+with the PIL image processor, so that a machine with torchvision computes the same pixels.
+Shapes: B samples, S sequence, P patches of all images, n images; C*T*p*p values per patch.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from pipeline.data.readers import Sample, load_image
+from pipeline.data.special_tokens import (
+    END_OF_TEXT,
+    IMAGE_PAD,
+    MESSAGE_END,
+    SPECIAL_TOKENS,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
+from pipeline.errors import DataError, UserError
+from pipeline.recipe import DataConfig
+
+IGNORED = -100
+"""Label of every position outside the answer."""
+GREY = (128, 128, 128)
+"""Colour of a blanked image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample as tensors. Labels are not shifted: logits row t predicts label t + 1."""
+
+    sample_id: str
+    input_ids: Tensor
+    """i64[S]"""
+    labels: Tensor
+    """i64[S]: the answer and its <|im_end|>, -100 elsewhere."""
+    pixel_values: Tensor
+    """f32[P, C*T*p*p]"""
+    image_grid_thw: Tensor
+    """i64[n, 3]: frames, rows and columns of patches per image."""
+    cut_tokens: int = 0
+    """Answer tokens dropped to fit `data.max_length`, <|im_end|> among them."""
+
+
+class Batch(TypedDict):
+    """Padded samples under the names of Qwen3-VL's forward, plus their ids."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    mm_token_type_ids: Tensor
+    pixel_values: Tensor
+    image_grid_thw: Tensor
+    sample_ids: list[str]
+    cut_tokens: int
+
+
+class Processor:
+    """Encodes samples for one family of checkpoints. Make one with `Processor.load`."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Qwen2VLImageProcessorPil,
+        max_length: int,
+        origin: str,
+        cuts_answers: bool = False,
+    ) -> None:
+        """Wrap parts loaded from the folder `origin`. Raises UserError as `load` does."""
+        _check_tokenizer(tokenizer, origin)
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.max_length, self.cuts_answers = max_length, cuts_answers
+        self.origin = origin
+        vocab = tokenizer.get_vocab()
+        token_id = {token: vocab[token] for token in SPECIAL_TOKENS}
+        self.pad_id = token_id[END_OF_TEXT]
+        self.eos_id = token_id[MESSAGE_END]
+        self.image_token_id = token_id[IMAGE_PAD]
+        self.video_token_id = token_id[VIDEO_PAD]
+        self.vision_start_id = token_id[VISION_START]
+        self.vision_end_id = token_id[VISION_END]
+        self.vocab_size = max(vocab.values()) + 1
+        """Ids that tokens have; a model's embedding may be padded beyond them."""
+
+    @classmethod
+    def load(cls, path: Path, data: DataConfig) -> "Processor":
+        """Read a folder with a tokenizer and `preprocessor_config.json`; `data` bounds images and lengths.
+
+        Raises:
+            UserError: no such folder, unreadable parts, or a tokenizer without chat template or special
+                tokens.
+        """
+        path = Path(path)
+        if not (path / "preprocessor_config.json").is_file():
+            raise UserError(
+                f"{path}: no preprocessor_config.json there. Run `clkd tokenizer "
+                "--config RECIPE.yaml`, or let tokenizer.path name a Qwen3-VL checkpoint folder."
+            )
+        bounds: dict[str, Any] = {
+            "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},
+            "min_pixels": data.min_pixels,  # what older files call them; there they would win over `size`
+            "max_pixels": data.max_pixels,
+        }
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+            image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
+        return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut")
+
+    def encode(self, sample: Sample, *, blind: bool = False) -> Encoded:
+        """Prompt, answer and <|im_end|>; the answer and its end are labels.
+
+        Args:
+            blind: blank the images to grey, keeping their sizes.
+
+        Raises:
+            DataError: empty answer, special tokens in a text, or more than max_length tokens.
+        """
+        answer_text = sample.answer or ""
+        if not answer_text.strip():
+            raise DataError(f"sample {sample.sample_id}: its answer is empty: there is nothing to learn from it.")
+        _check_text(sample, "answer", answer_text)
+        prompt = self.encode_prompt(sample, blind=blind)
+        answer_ids = [*self.tokenizer.encode(answer_text, add_special_tokens=False), self.eos_id]
+        room = self.max_length - len(prompt.input_ids)
+        kept = answer_ids[:room] if self.cuts_answers and room > 0 else answer_ids
+        self._check_length(sample, len(prompt.input_ids) + len(kept))
+        answer = torch.tensor(kept, dtype=torch.int64)
+        return Encoded(
+            sample_id=sample.sample_id,
+            input_ids=torch.cat([prompt.input_ids, answer]),
+            labels=torch.cat([prompt.labels, answer]),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            cut_tokens=len(answer_ids) - len(kept),
+        )
+
+    def encode_prompt(self, sample: Sample, *, blind: bool = False) -> Encoded:
+        """Everything up to and with the assistant's header, all labels -100. Raises DataError as `encode`."""
+        _check_text(sample, "prompt", sample.prompt)
+        images = [load_image(sample, i) for i in range(len(sample.images))]
+        if blind:
+            images = [Image.new("RGB", image.size, GREY) for image in images]
+        pixel_values, grid_n3 = self._encode_images(sample, images)
+        tokens_n = grid_n3.prod(dim=1) // self.image_processor.merge_size**2
+        input_ids = self._expand_images(self._prompt_ids(sample), tokens_n.tolist())
+        self._check_length(sample, len(input_ids))
+        return Encoded(
+            sample_id=sample.sample_id,
+            input_ids=input_ids,
+            labels=torch.full_like(input_ids, IGNORED),
+            pixel_values=pixel_values,
+            image_grid_thw=grid_n3,
+        )
+
+    def pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Patches f32[P, C*T*p*p] of the images and their grids i64[n, 3]."""
+        features = self.image_processor(images=images, return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
+
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
+        """Text of token ids [S]; special tokens are dropped."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def identity(self) -> dict[str, str]:
+        """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
+        images = {key: value for key, value in self.image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
+        length = {"max_length": str(self.max_length)} if self.cuts_answers else {}
+        return {
+            **length,
+            "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
+            "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
+            "chat_template": _sha256(str(self.tokenizer.chat_template)),
+        }
+
+    def _prompt_ids(self, sample: Sample) -> list[int]:
+        """Token ids of the rendered chat, one placeholder per image."""
+        content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": sample.prompt}]
+        messages: list[Any] = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
+
+    def _encode_images(self, sample: Sample, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Patches f32[P, C*T*p*p] and grids i64[n, 3]."""
+        if not images:
+            raise DataError(f"sample {sample.sample_id}: it has no image; this pipeline trains on images with text.")
+        try:
+            return self.pixels(images)
+        except ValueError as error:  # an aspect ratio beyond 200
+            raise DataError(f"sample {sample.sample_id}: {error}; image sizes {[i.size for i in images]}") from error
+
+    def _expand_images(self, ids: list[int], tokens_n: list[int]) -> Tensor:
+        """Repeat the i-th image placeholder tokens_n[i] times: i64[S]."""
+        ids_T = torch.tensor(ids, dtype=torch.int64)
+        repeats_T = torch.ones_like(ids_T)
+        repeats_T[ids_T == self.image_token_id] = torch.tensor(tokens_n)
+        return ids_T.repeat_interleave(repeats_T)
+
+    def _check_length(self, sample: Sample, length: int) -> None:
+        if length > self.max_length:
+            raise DataError(
+                f"sample {sample.sample_id}: {length} tokens, data.max_length allows {self.max_length}. "
+                "Raise data.max_length, lower data.max_pixels, drop the sample, or set data.long_answers to cut."
+            )
+
+
+_UNSTABLE_KEYS = (
+    "image_processor_type",
+    "processor_class",
+    "_processor_class",
+    "transformers_version",
+    "device",
+)
+"""Settings that name classes or versions and change no pixel."""
+
+
+def collate(
+    encoded: Sequence[Encoded], pad_id: int, image_token_id: int, *, side: Literal["left", "right"] = "right"
+) -> Batch:
+    """Pad to the longest sample: right for training, left for generation.
+
+    Returns:
+        input_ids, attention_mask, labels, mm_token_type_ids (1 at image tokens): i64[B, S];
+        pixel_values f32[P, C*T*p*p] and image_grid_thw i64[n, 3] of all samples, in order.
+    """
+    input_ids = _pad([e.input_ids for e in encoded], pad_id, side)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=_pad([torch.ones_like(e.input_ids) for e in encoded], 0, side),
+        labels=_pad([e.labels for e in encoded], IGNORED, side),
+        mm_token_type_ids=(input_ids == image_token_id).long(),
+        pixel_values=torch.cat([e.pixel_values for e in encoded]),
+        image_grid_thw=torch.cat([e.image_grid_thw for e in encoded]),
+        sample_ids=[e.sample_id for e in encoded],
+        cut_tokens=sum(e.cut_tokens for e in encoded),
+    )
+
+
+def _pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
+    if missing:
+        raise UserError(
+            f"{origin}: its tokenizer lacks {', '.join(missing)}. The pipeline needs one of Qwen's VL "
+            "family, or one made by `clkd tokenizer`."
+        )
+    split = [token for token in SPECIAL_TOKENS if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
+    if split:
+        raise UserError(f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens.")
+    if not tokenizer.chat_template:
+        raise UserError(f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json).")
+
+
+def _check_text(sample: Sample, name: str, text: str) -> None:
+    found = [token for token in SPECIAL_TOKENS if token in text]
+    if found:
+        raise DataError(
+            f"sample {sample.sample_id}: its {name} contains the special token(s) {', '.join(found)}, which "
+            "would be read as structure. Remove them from the data."
+        )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

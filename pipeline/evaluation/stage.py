@@ -1,0 +1,316 @@
+"""The result table: every row's model answers the test split, is scored by slice, and is timed against the teacher.
+
+    clkd evaluate RECIPE.yaml
+
+Writes `evaluation/<row>.json` (every answer), `evaluation/latency.json` (every timing) and `results.json`. Answers and
+timings on disk are used again if they were made from the same weights, data and settings; scores are always computed
+anew. A missed bar is printed as such and is no error.
+"""
+
+import gc
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pipeline.benchmark.scoring import score_all
+from pipeline.data.processor import Processor
+from pipeline.data.readers import Sample, read_samples
+from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.evaluation import latency, results
+from pipeline.evaluation.generate import answers, open_model
+from pipeline.files import weights_hash, write_json
+from pipeline.models import experts
+from pipeline.models.loading import compute_device, parameter_counts
+from pipeline.recipe import EvaluationRow, Recipe
+from pipeline.targets.identity import dataset_fingerprint
+
+Json = dict[str, Any]
+Scores = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One row's file: what was asked, said and scored."""
+
+    row: EvaluationRow
+    params: tuple[int, int]
+    """Total and active per token."""
+    scores: Scores
+
+
+class Evaluation:
+    """What all rows share: recipe, processor, questions and the weights' hashes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Check that every row can be evaluated before anything slow begins.
+
+        Raises:
+            UserError: no rows, rows whose names collide, missing models (all of them are named), or no test data.
+        """
+        self.recipe, self.rows, self.settings = recipe, recipe.evaluation.rows, recipe.evaluation
+        self.device = compute_device(recipe.run.device)
+        self.folder = recipe.run.dir / "evaluation"
+        self.baselines = _baselines(self.rows)
+        self.slugs = _slugs([*self.rows, *(row for row in self.baselines.values() if row not in self.rows)])
+        self.weights = _weights(recipe, self.rows)
+        self.processor = Processor.load(recipe.processor_dir, recipe.data)
+        self.samples = questions(recipe)
+        # On CPUs with AMX `medium` converts the whole weight to bf16 for every token: the demo teacher's answer at
+        # batch 1 took 158 ms instead of 98.
+        torch.set_float32_matmul_precision("highest" if self.device.type == "cpu" else recipe.run.matmul_precision)
+
+    def open(self, reference: str) -> PreTrainedModel:
+        """The model of a reference, ready to generate."""
+        return open_model(self.recipe.model_dir(reference), self.processor, self.device)
+
+    def answer(self, row: EvaluationRow) -> Answered:
+        """Scored answers of one row, from its file where that was made the same way; the file is brought up to date."""
+        path, identity = self.folder / f"{self.slugs[row.name]}.json", self._row_identity(row)
+        stored = _read_if_same(path, identity)
+        if stored is None:
+            params, texts = self._generate(row)
+        else:
+            params = (stored["params_total"], stored["params_active"])
+            texts = {record["sample_id"]: record["prediction"] for record in stored["samples"]}
+        records = [_record(sample, texts[sample.sample_id]) for sample in self.samples]
+        scores = score_all(records)
+        content: Json = {
+            "identity": identity,
+            "name": row.name,
+            "slug": self.slugs[row.name],
+            "model": row.model,
+            "blind": row.blind,
+            "params_total": params[0],
+            "params_active": params[1],
+            "scores": scores,
+            "samples": records,
+        }
+        if content != stored:
+            write_json(path, content)
+        return Answered(row, params, scores)
+
+    def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
+        """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
+        path, identity = self.folder / "latency.json", self._latency_identity()
+        stored = _read_if_same(path, identity)
+        if stored is None:
+            timings = self._measure()
+            stored = {
+                "identity": identity,
+                "settings": self._latency_settings(),
+                "timings": {reference: [asdict(t) for t in rows] for reference, rows in timings.items()},
+            }
+            write_json(path, stored)
+        timed = {ref: [latency.Timing(**t) for t in rows] for ref, rows in stored["timings"].items()}
+        return timed, stored["settings"]
+
+    def _generate(self, row: EvaluationRow) -> tuple[tuple[int, int], dict[str, str]]:
+        model = self.open(row.model)
+        with tqdm(total=len(self.samples), desc=row.name, unit="answer", disable=None) as bar:
+            texts = answers(
+                model,
+                self.processor,
+                self.samples,
+                batch_size=self.settings.batch_size,
+                max_new_tokens=self.settings.max_new_tokens,
+                blind=row.blind,
+                on_progress=bar.update,
+            )
+        return parameter_counts(model), texts
+
+    def _measure(self) -> dict[str, list[latency.Timing]]:
+        gc.collect()
+        models = {reference: self.open(reference) for reference in self.weights}
+        prompts = [
+            self.processor.encode_prompt(sample)
+            for sample in timed_samples(self.samples, self.settings.latency_samples)
+        ]
+        total = len(models) * len(prompts) * self.settings.latency_repeats
+        with tqdm(total=total, desc="latency", unit="answer", disable=None) as bar:
+            return latency.measure(
+                models, self.processor, prompts, repeats=self.settings.latency_repeats, on_progress=bar.update
+            )
+
+    def _common_identity(self) -> Json:
+        """What changes an answer of any model."""
+        return {
+            "dataset": dataset_fingerprint(self.samples),
+            **{f"processor_{name}": value for name, value in self.processor.identity().items()},
+            "device": self.device.type,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        }
+
+    def _row_identity(self, row: EvaluationRow) -> Json:
+        settings = {"batch_size": self.settings.batch_size, "max_new_tokens": self.settings.max_new_tokens}
+        return {"weights": self.weights[row.model], "blind": row.blind, **settings, **self._common_identity()}
+
+    def _latency_identity(self) -> Json:
+        """Row names do not matter, the order of the models does: the first is the reference."""
+        shared = {"machine": results.machine(self.device), **self._latency_settings(), **self._common_identity()}
+        return {"weights": [[reference, digest] for reference, digest in self.weights.items()], **shared}
+
+    def _latency_settings(self) -> Json:
+        return {
+            "batch_size": 1,
+            "new_tokens": latency.NEW_TOKENS,
+            "samples": min(self.settings.latency_samples, len(self.samples)),
+            "repeats": self.settings.latency_repeats,
+            "threads": latency.CPU_THREADS if self.device.type == "cpu" else torch.get_num_threads(),
+            "experts_implementation": experts.NAME if self.device.type == "cpu" else "transformers' default",
+            "included": "vision tower, prompt, argmax, every forced token; not: image decoding, tokenizing",
+            "statistic": "median over samples and repeats; ratios per interleaved pair first",
+        }
+
+
+def questions(recipe: Recipe) -> list[Sample]:
+    """The test split, sorted by sample_id: samples with an answer, at most `evaluation.limit` per task and slice.
+
+    The first by sample_id are taken: ids are content hashes, so this is a fixed random subset.
+
+    Raises:
+        DataError: nothing in the split has an answer.
+    """
+    split, counts = recipe.data.test_split, defaultdict[tuple[str, str], int](int)
+    samples = read_samples(recipe.data.format, recipe.data_root, split)
+    chosen: list[Sample] = []
+    for sample in (s for s in samples if s.answer.strip()):
+        counts[sample.task, sample.slice] += 1
+        if recipe.evaluation.limit is None or counts[sample.task, sample.slice] <= recipe.evaluation.limit:
+            chosen.append(sample)
+    if not chosen:
+        raise DataError(
+            f"{recipe.data_root}, split {split!r}: none of its {len(samples)} samples has an answer to compare with. "
+            "Let data.test_split name a split with published answers."
+        )
+    return chosen
+
+
+def timed_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """`count` samples, dealt evenly from all tasks and slices in order of sample_id."""
+    groups = defaultdict[tuple[str, str], list[Sample]](list)
+    for sample in samples:
+        groups[sample.task, sample.slice].append(sample)
+    ranked = [(rank, group, sample) for group, members in groups.items() for rank, sample in enumerate(members)]
+    return [sample for _, _, sample in sorted(ranked, key=lambda r: r[:2])[:count]]
+
+
+def evaluate(recipe: Recipe) -> Json:
+    """Bring every row's file and `results.json` up to date; returns what `results.json` holds.
+
+    Raises:
+        UserError: see Evaluation.
+    """
+    evaluation = Evaluation(recipe)
+    answered = [evaluation.answer(row) for row in evaluation.rows]
+    blind = {model: evaluation.answer(row).scores for model, row in evaluation.baselines.items()}
+    timings, settings = evaluation.timings()
+    speeds = latency.summarise(timings, reference=evaluation.rows[0].model)
+    rows = [_table_row(a, blind[a.row.model], evaluation.slugs[a.row.name], speeds[a.row.model]) for a in answered]
+    measured = results.bars(rows)
+    content: Json = {
+        "rows": [asdict(row) for row in rows],
+        "bars": [asdict(bar) for bar in measured],
+        "machine": results.machine(evaluation.device),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": recipe.run.seed,
+        "questions": len(evaluation.samples),
+        "latency": settings,
+        "config": recipe.model_dump(mode="json", exclude_unset=True),
+    }
+    write_json(recipe.run.dir / "results.json", content)
+    print(f"{results.table(rows)}\n{results.latency_line(settings)}\n\n{results.bar_lines(measured)}")
+    return content
+
+
+def _table_row(answered: Answered, blind: Scores, slug: str, speed: latency.Latency) -> results.Row:
+    row, scores = answered.row, answered.scores
+    return results.Row(
+        name=row.name,
+        slug=slug,
+        model=row.model,
+        blind=row.blind,
+        regular=scores.get("regular", {}).get("mean"),
+        corner=scores.get("corner", {}).get("mean"),
+        blind_regular=blind.get("regular", {}).get("mean"),
+        blind_corner=blind.get("corner", {}).get("mean"),
+        scores=scores,
+        params_total=answered.params[0],
+        params_active=answered.params[1],
+        ttft_ms=speed.ttft_ms,
+        tpot_ms=speed.tpot_ms,
+        e2e_ms=speed.e2e_ms,
+        speedup_vs_teacher=speed.speedup,
+    )
+
+
+def _record(sample: Sample, prediction: str) -> Json:
+    return {
+        "sample_id": sample.sample_id,
+        "task": sample.task,
+        "slice": sample.slice,
+        "prompt": sample.prompt,
+        "gold": sample.answer,
+        "prediction": prediction,
+    }
+
+
+def _baselines(rows: Sequence[EvaluationRow]) -> dict[str, EvaluationRow]:
+    """The blind row of every model: the recipe's own where it has one."""
+    own = {row.model: row for row in rows if row.blind}
+    first = {row.model: row for row in reversed(rows)}
+    made = {m: EvaluationRow(name=f"{row.name}, blind", model=m, blind=True) for m, row in first.items()}
+    return made | own
+
+
+def _slugs(rows: Sequence[EvaluationRow]) -> dict[str, str]:
+    """File name of each row, from its name. Raises ConfigError if there are no rows or two get the same."""
+    if not rows:
+        raise ConfigError(
+            "evaluation.rows: is empty; name at least the teacher, e.g. `{name: teacher, model: jobs.teacher}`."
+        )
+    names: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        names[re.sub(r"[^a-z0-9]+", "_", row.name.lower()).strip("_")].append(row.name)
+    clashes = [f"{found} -> {slug!r}" for slug, found in names.items() if len(found) > 1 or slug in ("", "latency")]
+    if clashes:
+        raise ConfigError(
+            f"evaluation.rows: names must give distinct file names: {'; '.join(clashes)}. Rename these rows."
+        )
+    return {found[0]: slug for slug, found in names.items()}
+
+
+def _weights(recipe: Recipe, rows: Sequence[EvaluationRow]) -> dict[str, str]:
+    """Hash of each distinct model's weights, in order of the rows. Raises UserError naming all that are missing."""
+    references = list(dict.fromkeys(row.model for row in rows))
+    missing = [f"{r}: {recipe.model_dir(r)}" for r in references if not (recipe.model_dir(r) / "config.json").is_file()]
+    if missing:
+        raise UserError(
+            "evaluation.rows: there is no model for\n  "
+            + "\n  ".join(missing)
+            + "\nTrain or build it first, or take its "
+            "rows out of the recipe. Nothing was evaluated."
+        )
+    return {reference: weights_hash(recipe.model_dir(reference)) for reference in references}
+
+
+def _read_if_same(path: Path, identity: Json) -> Json | None:
+    """An earlier result, if it is whole and was made the same way."""
+    try:
+        content: Json = json.loads(path.read_text())
+        return content if content["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def main(recipe: Recipe, options: object) -> None:
+    """The stage `evaluate`."""
+    evaluate(recipe)

@@ -1,0 +1,94 @@
+"""The README of an exported model: what was trained, on what, and the figures of the run that are known.
+
+All facts come from the checkpoint's state and the export's own report; what is not there is left out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from pipeline.models.families import auto_class, moe_layers
+
+Facts = Mapping[str, Any]
+
+TASKS = {"AutoModelForImageTextToText": "image-text-to-text", "AutoModelForCausalLM": "text-generation"}
+USE = """## Use
+
+```python
+from transformers import {auto_class}, AutoTokenizer
+
+model = {auto_class}.from_pretrained("PATH", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+## Licence
+
+None is stated here: it follows from those of the starting model, the teacher and the data. Add it before you share this
+folder.
+"""
+_CURVES = ("loss", "ce", "kl", "vision", "balance", "z", "grad_norm", "lr")
+"""Metrics of a training step that say how far the run came, in the order of the table."""
+
+
+def model_card(state: Facts, config: PreTrainedConfig, report: Facts, scores: Mapping[str, Facts] | None) -> str:
+    """Text of the README.
+
+    Args:
+        state: the checkpoint's `state`: `about`, `fingerprint` (the job's settings) and `metrics`, as far as there.
+        config: of the exported model.
+        report: fields of `ExportReport`.
+        scores: by slice, what `evaluate` measured on exactly these weights; None: nothing.
+    """
+    about, job, metrics = (state.get(key) or {} for key in ("about", "fingerprint", "metrics"))
+    loader = auto_class(config).__name__
+    parts = [
+        f"---\nlibrary_name: transformers\npipeline_tag: {TASKS[loader]}\n---\n\n"
+        f"# {about.get('job', 'Exported model')}\n",
+        _training(about, job) if job else "",
+        _table(_facts(about, config, report)),
+        f"## Training step {report['step']}\n" if metrics else "",
+        _table([(name, f"{metrics[name]:.6g}") for name in _CURVES if name in metrics]),
+        _evaluation(scores) if scores else "",
+        USE.format(auto_class=loader),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _training(about: Facts, job: Facts) -> str:
+    kind = f"distillation from `{about.get('teacher')}`" if job["distill"] else "supervised fine-tuning"
+    order = "hardness-ordered" if job["curriculum"] else "uniform"
+    return (
+        f"Trained by {kind}, starting from `{job['init']}`: {job['steps']} steps of {job['global_batch_size']} "
+        f"samples, {job['optimizer']}, peak learning rate {job['lr']:g}, gradient norm at most {job['grad_clip']:g}, "
+        f"{order} sampling, seed {job['seed']}.\n"
+    )
+
+
+def _facts(about: Facts, config: PreTrainedConfig, report: Facts) -> list[tuple[str, str]]:
+    text, layers = config.get_text_config(), moe_layers(config)
+    experts = f"{text.num_experts}, {text.num_experts_per_tok} per token, in layers {layers}" if layers else "none"
+    return [
+        ("architecture", f"`{(config.architectures or [config.model_type])[0]}`"),
+        ("parameters", f"{report['total_parameters']:,}"),
+        ("active per token", f"{report['active_parameters']:,}"),
+        ("experts", experts),
+        ("weights", f"{report['dtype']}, step {report['step']}, xxh3-128 {report['weights']}"),
+        *((name, str(value)) for name, value in about.get("data", {}).items()),
+    ]
+
+
+def _evaluation(scores: Mapping[str, Facts]) -> str:
+    rows = [
+        (part, f"{100 * s['mean']:.1f}", f"{100 * s['rouge_l']:.1f}", f"{s['n']:.0f}") for part, s in scores.items()
+    ]
+    body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return (
+        "## Evaluation of these weights\n\nPer cent: mean of the tasks' objective scores, and ROUGE-L, a proxy.\n\n"
+        f"| slice | score | ROUGE-L | answers |\n|---|--:|--:|--:|\n{body}"
+    )
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    body = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    return f"| | |\n|---|---|\n{body}" if rows else ""

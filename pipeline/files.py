@@ -1,0 +1,129 @@
+"""Files that appear whole or not at all, files that come with the package, and what to say when settings differ."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from pipeline.errors import ConfigError, UserError
+
+PACKAGE = Path(__file__).parent
+READ_BYTES = 1 << 22
+_ME = os.uname().nodename.replace(".", "-")  # names are taken apart at dots
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = True, exclusive: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`; what the body wrote there takes the place of `path`, safely on disk.
+
+    A crash, a full disk or a power cut leaves `path` as it was. The temporary name is this process's own, so that two
+    writers of one file do not write into each other's.
+
+    Args:
+        path: file to create or replace; its folder is made.
+        durable: wait for the disk; False leaves that to the caller.
+        exclusive: create only: FileExistsError if `path` is there; one of several callers at the same time succeeds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{_ME}-{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if durable:
+            sync(temporary)
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if durable:
+        sync(path.parent)  # the rename itself is durable only then
+
+
+def write_text(path: Path, text: str) -> None:
+    """Create or replace a text file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Create or replace a JSON file."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# -- hashing and comparing ---------------------------------------------------------------------------------------------
+
+
+def weights_hash(folder: Path) -> str:
+    """xxh3-128 over a folder's safetensors files in name order, names included.
+
+    Raises:
+        UserError: there are no weights.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: there are no weights (*.safetensors)")
+    digest = xxhash.xxh3_128()
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], names: tuple[str, str]) -> list[str]:
+    """A line with both values for every key of `wanted` that `there` has otherwise; `names`: whose they are."""
+    return [
+        f"{key}: {names[0]} {there.get(key)!r}, {names[1]} {value!r}"
+        for key, value in wanted.items()
+        if there.get(key) != value
+    ]
+
+
+def listed(lines: list[str]) -> str:
+    """Lines of a message, one below the other."""
+    return "".join(f"\n  {line}" for line in lines)
+
+
+# -- what comes with the package ---------------------------------------------------------------------------------------
+
+
+def home() -> Path:
+    """The folder that holds `ds_configs/` and `slurm/`: the checkout, or the installed package."""
+    return PACKAGE if (PACKAGE / "slurm").is_dir() else PACKAGE.parent
+
+
+def shipped(path: Path, kind: str) -> Path:
+    """The file that a user names: one of theirs, else one that comes with the package (`demo`, `zero2_ep.json`).
+
+    Args:
+        path: as typed; with or without its folder and suffix.
+        kind: `recipes` or `ds_configs`.
+
+    Raises:
+        ConfigError: neither; names those that come with the package.
+    """
+    if path.is_file():
+        return path
+    folder = {"recipes": PACKAGE / "recipes", "ds_configs": home() / "ds_configs"}[kind]
+    known = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in (".yaml", ".json")}
+    if path.parent.name in ("", kind) and path.stem in known:
+        return known[path.stem]
+    raise ConfigError(f"{path}: no such file, and none of those that come with the package: {', '.join(known)}.")

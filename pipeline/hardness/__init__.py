@@ -1,0 +1,1 @@
+"""Scoring a data set's hardness, and looking at it."""

@@ -1,0 +1,1 @@
+"""The method's mathematics: losses, hardness, curriculum, release. No files, no model, no collectives."""

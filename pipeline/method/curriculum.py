@@ -1,0 +1,301 @@
+"""Competence and the global order of samples: pure functions of (hardness, seed, share of training done).
+
+Shapes: M samples of the data set, S strata, Q codes of quantised hardness, G samples of a global batch. tau in [0, 1]:
+share of training done, in samples. Orders come from integers and from +, -, *, / in float64 in a fixed sequence, not
+from a machine's own exp and log, so that every machine draws the same.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.method import table_loops
+from pipeline.method.hardness import Ranks
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+VISIT_PENALTY, MOST_VISITS = 1.0, 600
+"""Nats of log-weight that a visit costs against the least visited sample; beyond the most they cost no more. [ours]"""
+SWEEP_SHARE = 0.25
+"""Largest share of a window for samples that would otherwise wait too long. [ours]"""
+
+
+def competence(tau: float, start: float, until: float) -> float:
+    """c = min(1, sqrt(tau / tau_g (1 - c0^2) + c0^2)): share of samples eligible, easiest first.
+
+    [published: Platanios 2019, arXiv:1903.09848]
+    """
+    return min(1.0, math.sqrt(tau / until * (1 - start**2) + start**2))
+
+
+def tilt(competence: float, start: float, betas: tuple[float, float]) -> float:
+    """beta: in a straight line from the first at competence `start` to the second at competence 1. [ours]
+
+    Above 0 hard ones are preferred, below 0 easy ones.
+    """
+    first, last = betas
+    return last if start >= 1.0 else first + (last - first) * (competence - start) / (1 - start)
+
+
+def uniform_order(num_samples: int, seed: int, start: int, size: int) -> Indices:
+    """Positions [start, start + size) of an endless sequence of seeded permutations of the data set."""
+    place = np.arange(start, start + size, dtype=np.int64)
+    epochs = range(start // num_samples, (start + size - 1) // num_samples + 1)
+    return np.concatenate(
+        [_permuted(place[place // num_samples == epoch] % num_samples, num_samples, seed, epoch) for epoch in epochs]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a window draws. `number`: 0, 1, 2, ... through the job; `size`: its samples."""
+
+    number: int
+    size: int
+    competence: float = 1.0
+    beta: float = 0.0
+    floor: float = 0.0
+    """Share of its proportional share that each stratum keeps."""
+
+
+def plan_window(
+    ranks: Ranks,
+    visits_M: NDArray[np.integer],
+    last_window_M: NDArray[np.integer],
+    stratum_M: NDArray[np.integer],
+    window: Window,
+    seed: int,
+) -> Indices:
+    """The global order of one window: `window.size` table indices. A pure function of its arguments.
+
+    Eligible are samples with percentile <= competence, and in any case each stratum's easiest. They are drawn without
+    replacement with weight a = exp(beta (2 u - 1) - (v - min v)) by Gumbel-top-k [published: Kool 2019,
+    arXiv:1903.06059], as a race: the smallest times -log(1 - U) / a come first, U hashed from (seed, window, sample).
+    Whole passes come first when the window is longer than the eligible set.
+
+    Each stratum keeps at least `floor` of its proportional share, and a sweep bounds the wait: window w checks K table
+    positions, from w K on and around, K = `sweep_size`, and takes the eligible ones not drawn in the C - 1 windows
+    before, C = ceil(M / K). Any C windows check every sample, so while all are eligible **every sample is drawn in any
+    2 C - 1 consecutive windows**, `longest_wait`: it is checked in one of the last C of them, and then either was
+    drawn in the C - 1 before, which are among the 2 C - 1 too, or is drawn now. [combination ours]
+    """
+    field = _Race(ranks, visits_M, stratum_M, window.competence, window.beta)
+    passes, rest = divmod(window.size, int(field.eligible_S.sum()))
+    streams = [_key(seed, window.number * 1009 + turn) for turn in range(passes + 1)]
+    parts = [field.first(key, int(field.eligible_S.sum()), 0 * field.eligible_S)[0] for key in streams[:-1]]
+    if rest:
+        forced = _overdue(field, last_window_M, window) if not passes else np.zeros(0, np.int64)
+        parts.append(_chosen(field, streams[-1], rest, window.floor, forced))
+    return np.concatenate(parts)
+
+
+def sweep_size(size: int, floor: float) -> int:
+    """K: table positions that a window checks for samples that wait. What strata are guaranteed always has room too."""
+    return max(1, min(int(SWEEP_SHARE * size), size - int(floor * size)))
+
+
+def longest_wait(num_samples: int, size: int, floor: float) -> int:
+    """Windows in a row of which at least one draws any given sample, while all samples are eligible."""
+    return 1 if size >= num_samples else 2 * _sweep_windows(num_samples, size, floor) - 1
+
+
+def rank_share(batch_size: int, rank: int, world: int, micro_batch: int) -> list[Indices]:
+    """Positions in a global batch that a rank sees, one array per micro-batch: its stride, cut in order."""
+    positions = np.arange(rank, batch_size, world, dtype=np.int64)
+    return [positions[i : i + micro_batch] for i in range(0, len(positions), micro_batch)]
+
+
+def _sweep_windows(num_samples: int, size: int, floor: float) -> int:
+    return -(-num_samples // sweep_size(size, floor))
+
+
+def _overdue(field: "_Race", last_window_M: NDArray[np.integer], window: Window) -> Indices:
+    """The eligible among the positions that this window checks that were not drawn for a whole sweep; ascending."""
+    num_samples, checked = len(last_window_M), sweep_size(window.size, window.floor)
+    turn = _sweep_windows(num_samples, window.size, window.floor)
+    positions = (window.number * checked + np.arange(min(checked, num_samples), dtype=np.int64)) % num_samples
+    waits = window.number - last_window_M[positions].astype(np.int64) >= turn
+    return np.sort(positions[waits & field.is_eligible(positions)])
+
+
+def _chosen(field: "_Race", key: np.uint64, size: int, floor: float, forced: Indices) -> Indices:
+    """`size` of the field: the forced, each stratum's guaranteed, and then whoever comes first; in order of times."""
+    guaranteed_S = np.floor(floor * size * field.eligible_S / field.eligible_S.sum()).astype(np.int64)
+    ranked, times = field.first(key, size, guaranteed_S)
+    others = ~np.isin(ranked, forced)
+    ranked, times = ranked[others], times[others]
+    missing_S = guaranteed_S - np.bincount(field.stratum_M[forced], minlength=len(guaranteed_S))
+    stratum = field.stratum_M[ranked]
+    kept = np.zeros(len(ranked), bool)
+    for code, missing in enumerate(missing_S):
+        kept[np.flatnonzero(stratum == code)[: max(missing, 0)]] = True
+    kept[np.flatnonzero(~kept)[: size - len(forced) - int(kept.sum())]] = True
+    index, times = np.concatenate([forced, ranked[kept]]), np.concatenate([field.times(key, forced), times[kept]])
+    order: Indices = index[np.lexsort((index, times))]
+    return order
+
+
+class _Race:
+    """The eligible samples and their weights."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        visits_M: NDArray[np.integer],
+        stratum_M: NDArray[np.integer],
+        competence: float,
+        beta: float,
+    ) -> None:
+        self.code_M, self.visits_M, self.stratum_M = ranks.code_M, visits_M, stratum_M
+        self.reach_S, self.eligible_S = _reach(ranks, competence)
+        self.tilt_SQ = _exp(beta * (2 * ranks.percentile_SQ.astype(np.float64) - 1))
+        self.fade_V = _exp(-VISIT_PENALTY * np.arange(MOST_VISITS + 1.0))
+        columns = self.code_M, self.stratum_M, self.visits_M, self.reach_S
+        self.least = table_loops.least_visits(*columns)
+        self.sums_S = np.zeros(len(self.reach_S))
+        table_loops.weight_sums(*columns, self.tilt_SQ, self.fade_V, self.least, self.sums_S)
+
+    def is_eligible(self, index: Indices) -> NDArray[np.bool_]:
+        eligible: NDArray[np.bool_] = self.code_M[index] <= self.reach_S[self.stratum_M[index]]
+        return eligible
+
+    def times(self, key: np.uint64, index: Indices) -> NDArray[np.float64]:
+        """Time of each sample: exponential with its weight as rate."""
+        visits = np.clip(self.visits_M[index].astype(np.int64) - self.least, 0, MOST_VISITS)
+        weight = self.tilt_SQ[self.stratum_M[index], self.code_M[index]] * self.fade_V[visits]
+        times: NDArray[np.float64] = _exponential(_uniform(index, key)) / weight
+        return times
+
+    def first(self, key: np.uint64, size: int, size_S: Indices) -> tuple[Indices, NDArray[np.float64]]:
+        """Samples by ascending time, with their times: at least the first `size`, and the first `size_S` of strata.
+
+        Only samples up to a limit of time are looked at, which is raised until they are enough: the result is that of
+        sorting all.
+        """
+        total, wanted_S = int(self.eligible_S.sum()), np.minimum(size_S, self.eligible_S)
+        expected = _ample(np.array([min(size, total)]))[0] / self.sums_S.sum()
+        expected_S = np.where(wanted_S > 0, _ample(wanted_S) / np.maximum(self.sums_S, 1e-300), 0)
+        room = min(total, 2 * (int(_ample(np.array([size]))[0]) + int(_ample(wanted_S).sum())))
+        while True:
+            everyone = room == total
+            limit_S = np.full(len(expected_S), np.inf) if everyone else np.maximum(expected, expected_S)
+            found = self._found(key, limit_S, room)
+            if found is None:
+                room = min(2 * room, total)
+                continue
+            times = self.times(key, found)
+            # What rounding may have left out lies within a hair of the limit.
+            surely = times <= limit_S[self.stratum_M[found]] * (1 - 1e-9)
+            number_S = np.bincount(self.stratum_M[found][surely], minlength=len(wanted_S))
+            enough = int((times <= expected * (1 - 1e-9)).sum()) >= min(size, total)
+            if everyone or (enough and bool((number_S >= wanted_S).all())):
+                order = np.argsort(times, kind="stable")
+                return found[order], times[order]
+            expected, expected_S, room = 2 * expected, 2 * expected_S, min(2 * room, total)
+
+    def _found(self, key: np.uint64, limit_S: NDArray[np.float64], room: int) -> Indices | None:
+        found = np.empty(room, np.int64)
+        number = table_loops.race(
+            self.code_M,
+            self.stratum_M,
+            self.visits_M,
+            self.reach_S,
+            self.tilt_SQ,
+            self.fade_V,
+            self.least,
+            limit_S,
+            key,
+            found,
+        )
+        return None if number < 0 else found[:number]
+
+
+def _reach(ranks: Ranks, competence: float) -> tuple[Indices, Indices]:
+    """Highest eligible code of each stratum, and how many samples that makes.
+
+    A stratum too small to have any up to the competence gives its easiest, so that no task is left out.
+    """
+    reach_S, eligible_S = np.empty(len(ranks.count_SQ), np.int64), np.empty(len(ranks.count_SQ), np.int64)
+    for stratum, (count_Q, percentile_Q) in enumerate(zip(ranks.count_SQ, ranks.percentile_SQ, strict=True)):
+        easiest = int(np.argmax(count_Q > 0))
+        upto = int(np.searchsorted(percentile_Q, np.float32(competence), side="right")) - 1
+        reach_S[stratum] = max(upto, easiest)
+        eligible_S[stratum] = count_Q[: reach_S[stratum] + 1].sum()
+    return reach_S, eligible_S
+
+
+def _ample(size: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Somewhat more than `size`, so that a random number with this mean is hardly ever less than it."""
+    ample: NDArray[np.float64] = 1.2 * size + 8 * np.sqrt(size) + 8
+    return ample
+
+
+def _permuted(index: Indices, num_samples: int, seed: int, epoch: int) -> Indices:
+    """A seeded permutation of range(num_samples) at some places, without computing it at the others.
+
+    A Feistel network over the next power of 4, walked until it lands inside [published: cycle walking, Black and
+    Rogaway 2002]; rounds are SplitMix64.
+    """
+    half = np.uint64(max(1, ((num_samples - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = [_key(seed, 8 * epoch + k) for k in range(8)]
+    result = index.astype(np.uint64)
+    outside = np.arange(len(result))
+    while len(outside):
+        x = result[outside]
+        left, right = x >> half, x & mask
+        for key in keys:
+            left, right = right, left ^ (_splitmix(right ^ key) & mask)
+        result[outside] = x = (left << half) | right
+        outside = outside[x >= np.uint64(num_samples)]
+    return result.astype(np.int64)
+
+
+def _key(seed: int, stream: int) -> np.uint64:
+    with np.errstate(over="ignore"):
+        key: np.uint64 = _splitmix(np.uint64(seed % 2**64) ^ _splitmix(np.uint64(stream % 2**64)))
+    return key
+
+
+def _uniform(index: Indices, key: np.uint64) -> NDArray[np.float64]:
+    """Uniform in (0, 1) from a counter hash: the same on every machine. `table_loops.race` computes the same."""
+    bits = _splitmix(index.astype(np.uint64) ^ key)
+    uniform: NDArray[np.float64] = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return uniform
+
+
+def _splitmix(x: Any) -> Any:
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def _exponential(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """-log(1 - uniform), to about 1e-15 of itself, by a series of the inverse hyperbolic tangent."""
+    fraction, exponent = np.frexp(1 - uniform)
+    small = fraction < math.sqrt(0.5)
+    fraction, exponent = np.where(small, 2 * fraction, fraction), exponent - small
+    # Where 1 - uniform is near 1 it is rounded: -uniform / (2 - uniform) is the same and is not.
+    s = np.where(exponent == 0, -uniform / (2 - uniform), (fraction - 1) / (fraction + 1))
+    series = np.zeros_like(s)
+    for k in range(23, 0, -2):
+        series = series * (s * s) + 1 / k
+    result: NDArray[np.float64] = -(exponent * math.log(2.0) + 2 * s * series)
+    return result
+
+
+def _exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """e^x to about 1e-15 of itself: a power of 2 times a Taylor series."""
+    power = np.rint(x * (1 / math.log(2.0)))
+    rest = (x - power * 0.693147180369123816490) - power * 1.90821492927058770002e-10  # log 2 in two parts
+    series = np.ones_like(x)
+    for k in range(14, 0, -1):
+        series = 1 + series * rest * (1 / k)
+    result: NDArray[np.float64] = np.ldexp(series, power.astype(np.int64))
+    return result

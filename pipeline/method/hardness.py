@@ -1,0 +1,303 @@
+"""The hardness of every sample of a data set, kept fresh from the scores of its visits.
+
+Shapes: M samples of the data set, S strata, Q codes of quantised hardness.
+
+Held in memory are numbers alone, 19 bytes a sample (20 with more than 256 strata), and 2 more while ranks are in use.
+Sample ids stay in the Parquet file that a table was read from, and are read a block at a time.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.errors import CheckpointError, UserError
+from pipeline.files import replacing
+from pipeline.method import table_loops
+from pipeline.method.table_loops import CODES
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+ORIGIN = b"soft_targets"
+"""Key of the Parquet file's metadata that says which store the priors came from."""
+ROWS = 1 << 18
+"""Rows of a row group, which are also read at a time."""
+CHANGING = ("difficulty", "visits", "last_step", "last_window")
+"""What training changes: the columns of a checkpoint."""
+NEVER = -1
+"""`last_step` of a sample never scored, `last_window` of one never drawn."""
+_SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "stratum": pa.dictionary(pa.int32(), pa.string()),
+        "hardness": pa.float32(),
+        "rank": pa.float32(),
+        "visits": pa.int32(),
+        "last_step": pa.int32(),
+        "prior": pa.float32(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Percentiles of all samples at one moment: u_i = percentile_SQ[stratum_i, code_i]."""
+
+    code_M: NDArray[np.uint16]
+    count_SQ: NDArray[np.int64]
+    """Samples of each stratum with each code."""
+    percentile_SQ: Floats
+    """(samples below + half of those with the code) / samples of the stratum; ascending."""
+
+    @classmethod
+    def from_codes(cls, code_M: NDArray[np.uint16], count_SQ: NDArray[np.int64]) -> "Ranks":
+        """Ranks of codes and their counts."""
+        below_SQ = np.cumsum(count_SQ, axis=1) - count_SQ
+        size_S1 = np.maximum(count_SQ.sum(axis=1, keepdims=True), 1)
+        return cls(code_M, count_SQ, ((below_SQ + count_SQ / 2) / size_S1).astype(np.float32))
+
+    def of(self, stratum: NDArray[np.integer], index: Indices | slice) -> Floats:
+        """u of some samples; `stratum` of all."""
+        percentile: Floats = self.percentile_SQ[stratum[index], self.code_M[index]]
+        return percentile
+
+
+class HardnessTable:
+    """D_i of every sample, in the order of the sample ids (ascending)."""
+
+    def __init__(self, sample_ids: Sequence[str], strata: Sequence[str], prior: Floats) -> None:
+        ids = pa.array(sample_ids, pa.string())
+        if not _ascending(ids):
+            raise ValueError("sample_ids must be ascending and distinct")
+        names = sorted(set(strata))
+        codes = {name: code for code, name in enumerate(names)}
+        stratum: NDArray[np.integer] = np.array([codes[s] for s in strata], _code_type(len(names)))
+        self._start(ids, names, stratum, prior.astype(np.float32))
+
+    def _start(
+        self, ids: pa.Array | pq.ParquetFile, strata: list[str], stratum: NDArray[np.integer], prior: Floats
+    ) -> None:
+        self._ids = ids
+        self._kept: NDArray[np.bool_] | None = None
+        self.strata, self.stratum, self.prior = strata, stratum, prior
+        self.difficulty = prior.copy()
+        self.visits = np.zeros(len(prior), np.uint16)
+        self.last_step = np.full(len(prior), NEVER, np.int32)
+        self.last_window = np.full(len(prior), NEVER, np.int32)
+        self._waiting: list[tuple[Indices, Floats, int, float]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.prior)
+
+    def ids(self) -> Iterator[pa.Array]:
+        """The sample ids in order, in blocks of at most ROWS."""
+        start = 0
+        for block in self._all_ids():
+            yield block if self._kept is None else block.filter(pa.array(self._kept[start : start + len(block)]))
+            start += len(block)
+
+    def _all_ids(self) -> Iterator[pa.Array]:
+        if isinstance(self._ids, pq.ParquetFile):
+            for batch in self._ids.iter_batches(ROWS, columns=["sample_id"], use_threads=False):
+                yield batch.column(0)
+        else:
+            yield from (self._ids[start : start + ROWS] for start in range(0, len(self._ids), ROWS))
+
+    def subset(self, sample_ids: Sequence[str]) -> "HardnessTable":
+        """The table of some of its samples, in the same order."""
+        wanted = pa.array(sample_ids, pa.string())
+        kept = np.concatenate(
+            [pc.is_in(block, value_set=wanted).to_numpy(zero_copy_only=False) for block in self.ids()]
+        )
+        part = HardnessTable.__new__(HardnessTable)
+        part._start(self._ids, self.strata, self.stratum[kept], self.prior[kept])
+        part._kept = np.ones(len(kept), bool) if self._kept is None else self._kept.copy()
+        part._kept[part._kept] = kept
+        part.load_arrays({name: values[kept] for name, values in self.arrays().items()})
+        return part
+
+    def is_of(self, sample_ids: Sequence[str]) -> bool:
+        """Whether the table is of exactly these samples, in this order."""
+        rest = iter(sample_ids)
+        return len(sample_ids) == len(self) and all(
+            block.to_pylist() == list(islice(rest, len(block))) for block in self.ids()
+        )
+
+    # -- what training changes ---------------------------------------------------------------------------------
+
+    def draw(self, index: Indices, window: int) -> None:
+        """Count the visits of a window's samples, when it is planned: it will be trained on, scored or not."""
+        drawn, times = np.unique(index, return_counts=True)
+        room = np.iinfo(np.uint16).max - self.visits[drawn].astype(np.int64)
+        self.visits[drawn] += np.minimum(times, room).astype(np.uint16)
+        self.last_window[drawn] = window
+
+    def update(self, index: Indices, scores: Floats, step: int, ema: float) -> None:
+        """D_i <- mu D_i + (1 - mu) s_i for the scored; a sample met twice in a step is updated once, by its mean.
+
+        The first score replaces the prior, which was the teacher's view and not the student's. NaN is no score.
+        Between `freeze` and `thaw` it is kept, and done by `thaw`.
+        """
+        if self._waiting is not None:
+            self._waiting.append((index, scores, step, ema))
+            return
+        scored = np.isfinite(scores)
+        seen, inverse = np.unique(index[scored], return_inverse=True)
+        # bincount sums float32 scores in float64, so the order that ranks deliver them in leaves no trace.
+        mean = (np.bincount(inverse, scores[scored]) / np.bincount(inverse)).astype(np.float32)
+        blended = np.float32(ema) * self.difficulty[seen] + np.float32(1 - ema) * mean
+        self.difficulty[seen] = np.where(self.last_step[seen] < 0, mean, blended)
+        self.last_step[seen] = step
+
+    def freeze(self) -> None:
+        """Keep the table as it is while another thread reads it; nothing is copied."""
+        self._waiting = []
+
+    def thaw(self) -> None:
+        """Do the updates that came since `freeze`, in their order."""
+        waiting, self._waiting = self._waiting or [], None
+        for arguments in waiting:
+            self.update(*arguments)
+
+    # -- percentiles -------------------------------------------------------------------------------------------
+
+    def ranks(self, *, step: int, half_life_steps: float) -> Ranks:
+        """u_i in (0, 1): rank of D_i within its stratum, D_i in 65,536 steps of the stratum's range; equals share one.
+
+        A scored entry relaxes toward its stratum's mean with the given half-life since its last score. An entry never
+        scored is ranked by its prior, moved by how far scores lie from priors on average in its stratum: while the
+        student is weak every visit scores high, and seen easy samples would otherwise outrank unseen hard ones. [ours]
+        """
+        columns = self.difficulty, self.prior, self.last_step, self.stratum
+        sums_S5 = np.zeros((len(self.strata), 5))
+        table_loops.stratum_sums(*columns, sums_S5)
+        scored_S, moved_S, difficulty_S, unscored_S, prior_S = sums_S5.T
+        shift_S = moved_S / np.maximum(scored_S, 1)
+        mean_S = (difficulty_S + prior_S + unscored_S * shift_S) / np.maximum(scored_S + unscored_S, 1)
+        oldest = max(step - int(self.last_step.min(where=self.last_step >= 0, initial=step)), 0)
+        relaxing = *columns, step, decay(oldest, half_life_steps), mean_S, shift_S
+        low_S, high_S = np.full(len(self.strata), np.inf), np.full(len(self.strata), -np.inf)
+        table_loops.relaxed_range(*relaxing, low_S, high_S)
+        width_S = np.where(high_S > low_S, high_S - low_S, 1)
+        code_M, count_SQ = np.empty(len(self), np.uint16), np.zeros((len(self.strata), CODES), np.int64)
+        table_loops.quantise(*relaxing, low_S, (CODES - 1) / width_S, code_M, count_SQ)
+        return Ranks.from_codes(code_M, count_SQ)
+
+    def percentile(self, *, step: int, half_life_steps: float) -> Floats:
+        """u_i of all samples, see `ranks`."""
+        return self.ranks(step=step, half_life_steps=half_life_steps).of(self.stratum, slice(None))
+
+    # -- checkpoints and files ---------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What changes during training, for the checkpoint. Not between `freeze` and `thaw`."""
+        assert self._waiting is None
+        return {f"hardness/{k}": getattr(self, k) for k in CHANGING}
+
+    def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Restore what `arrays` gave. CheckpointError if that was a table of another length or of an older version."""
+        for key in CHANGING:
+            saved = arrays.get(f"hardness/{key}")
+            if saved is None:
+                raise CheckpointError(
+                    f"the checkpoint has no hardness/{key}: an older version wrote it. Train under another job name. "
+                    "Nothing was changed."
+                )
+            if saved.shape != (len(self),):
+                raise CheckpointError(
+                    f"the checkpoint's hardness table has {len(saved)} samples, this run's has {len(self)}. Resume "
+                    "with the data set the job was started with. Nothing was changed."
+                )
+        for key in CHANGING:
+            getattr(self, key)[:] = arrays[f"hardness/{key}"]
+
+    def save(self, path: Path, origin: str = "") -> None:
+        """Write a Parquet file that people can open, atomically. `origin`: digest of the store behind the priors.
+
+        `rank` is the percentile without relaxation; `visits` counts the whole current window. Row group by row group.
+        """
+        assert self._waiting is None
+        ranks = self.ranks(step=int(self.last_step.max(initial=0)), half_life_steps=float("inf"))
+        names, start = pa.array(self.strata, pa.string()), 0
+        schema = _SCHEMA.with_metadata({ORIGIN: origin})
+        with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
+            for block in self.ids():
+                rows = slice(start, start + len(block))
+                columns = (
+                    block,
+                    pa.DictionaryArray.from_arrays(self.stratum[rows].astype(np.int32), names),
+                    self.difficulty[rows],
+                    ranks.of(self.stratum, rows),
+                    self.visits[rows].astype(np.int32),
+                    self.last_step[rows],
+                    self.prior[rows],
+                )
+                writer.write_batch(pa.record_batch(list(columns), schema=writer.schema))
+                start = rows.stop
+
+    @classmethod
+    def load(cls, path: Path) -> "HardnessTable":
+        """Read what `save` wrote. UserError if it is missing or not such a table."""
+        if not path.is_file():
+            raise UserError(f"{path}: no hardness table. Make it with `clkd hardness`.")
+        try:
+            return cls._read(pq.ParquetFile(path, pre_buffer=False))  # buffers would stay in memory
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a hardness table: {error}. Make it again with `clkd hardness`.") from None
+
+    @classmethod
+    def _read(cls, file: pq.ParquetFile) -> "HardnessTable":
+        """The file stays open: it may be replaced meanwhile, and its ids are read again when the table is saved."""
+        rows = file.metadata.num_rows
+        table, codes, last = cls.__new__(cls), dict[str, int](), ""
+        table._start(file, [], np.zeros(rows, np.uint16), np.zeros(rows, np.float32))
+        start, wanted = 0, ["sample_id", "stratum", "hardness", "visits", "last_step", "prior"]
+        for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
+            part = slice(start, start + len(batch))
+            ids = batch["sample_id"].cast(pa.string())
+            if not (last < ids[0].as_py() and _ascending(ids)):
+                raise ValueError(f"rows {part.start} to {part.stop}: sample_id is not ascending and distinct")
+            stratum = batch["stratum"].cast(pa.string()).dictionary_encode()
+            known = np.array([codes.setdefault(s, len(codes)) for s in stratum.dictionary.to_pylist()], np.uint16)
+            table.stratum[part] = known[stratum.indices.to_numpy()]
+            table.difficulty[part], table.prior[part] = batch["hardness"].to_numpy(), batch["prior"].to_numpy()
+            table.visits[part] = np.clip(batch["visits"].to_numpy(), 0, np.iinfo(np.uint16).max)
+            table.last_step[part] = batch["last_step"].to_numpy()
+            start, last = part.stop, ids[-1].as_py()
+        table.strata = sorted(codes)
+        by_name = np.array([table.strata.index(s) for s in codes], _code_type(len(codes)))
+        table.stratum = by_name[table.stratum] if codes else table.stratum.astype(np.uint8)
+        return table
+
+
+def decay(oldest: int, half_life: float) -> NDArray[np.float64]:
+    """2^(-age / half_life) of the ages 0 to `oldest`, the same on every machine: products of one exact root."""
+    root = float(Decimal(2) ** (-1 / Decimal(half_life))) if half_life < float("inf") else 1.0
+    return np.cumprod(np.concatenate([[1.0], np.full(oldest, root)]))
+
+
+def table_origin(path: Path) -> str | None:
+    """Which store a saved table's priors came from: the `origin` it was saved with; None if there is no such table."""
+    try:
+        found = (pq.read_schema(path).metadata or {}).get(ORIGIN)
+    except (OSError, pa.ArrowException):
+        return None
+    return None if found is None else found.decode()
+
+
+def _ascending(ids: pa.Array) -> bool:
+    return len(ids) < 2 or bool(pc.all(pc.less(ids[:-1], ids[1:])).as_py())
+
+
+def _code_type(strata: int) -> type[np.uint8] | type[np.uint16]:
+    if strata > 1 << 16:
+        raise ValueError(f"{strata} strata; at most 65,536 can be told apart")
+    return np.uint8 if strata <= 1 << 8 else np.uint16

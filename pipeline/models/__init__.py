@@ -1,0 +1,1 @@
+"""Model families, checkpoints in Hugging Face format, upcycling, DeepSpeed's MoE layers."""

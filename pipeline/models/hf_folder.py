@@ -1,0 +1,220 @@
+"""Checkpoint folders in Hugging Face format, read and written tensor by tensor.
+
+A model larger than memory passes through: nothing here holds more than one tensor.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from pipeline.errors import UserError
+from pipeline.models.families import moe_family, without_weights
+
+SHARD_BYTES = 4 << 30
+HEADER_BYTES = 1 << 19
+"""Room for a shard's header: some 4,000 tensors."""
+INDEX = "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """The tensors of several safetensors files by name, read on demand. Use as a context manager."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Open the files. Raises UserError naming one that cannot be read."""
+        self._open: list[Any] = []
+        self._shard: dict[str, Any] = {}
+        for path in sorted(paths):
+            try:
+                shard: Any = safe_open(path, framework="pt")
+                shard.__enter__()
+            except (SafetensorError, OSError) as error:
+                self.close()
+                raise UserError(f"{path}: cannot be read: {error}") from None
+            self._open.append(shard)
+            self._shard |= dict.fromkeys(shard.keys(), shard)
+
+    def close(self) -> None:
+        """Close the files; tensors already read stay valid."""
+        for shard in self._open:
+            shard.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._shard))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._shard[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the file's header alone."""
+        return tuple(self._shard[name].get_slice(name).get_shape())
+
+
+class ShardWriter:
+    """Writes tensors into safetensors shards of bounded size, and the index that transformers reads.
+
+    Each tensor goes to disk as it comes, so that memory holds one tensor and not a shard, which `save_file` would need
+    whole: the header, whose length is fixed beforehand, is filled in when the shard is full (the format allows blanks
+    at its end).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+        self._bytes, self._header_bytes, self._total = 0, 0, 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, in the layout on disk."""
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        room = len(json.dumps({name: entry})) + 80  # and two offsets of up to 20 digits
+        if self._bytes >= SHARD_BYTES or self._header_bytes + room > HEADER_BYTES:
+            self._close()
+        if self._file is None:
+            self._file = (self._folder / _shard_name(len(self._shards) + 1)).open("wb")
+            self._file.seek(8 + HEADER_BYTES)
+            self._shards.append({"__metadata__": {"format": "pt"}})
+            self._bytes, self._header_bytes = 0, 80
+        self._file.write(raw.data)
+        self._shards[-1][name] = entry | {"data_offsets": [self._bytes, self._bytes + raw.nbytes]}
+        self._header_bytes += room
+        self._bytes += raw.nbytes
+        self._total += raw.nbytes
+
+    def finish(self) -> None:
+        """Complete the last shard, give the shards their final names and write the index."""
+        self._close()
+        weight_map: dict[str, str] = {}
+        for number, header in enumerate(self._shards, 1):
+            final = f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
+            (self._folder / _shard_name(number)).rename(self._folder / final)
+            weight_map |= {name: final for name in header if name != "__metadata__"}
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / INDEX).write_text(json.dumps(index, indent=1))
+
+    def _close(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps(self._shards[-1]).encode().ljust(HEADER_BYTES)
+        self._file.seek(0)
+        self._file.write(HEADER_BYTES.to_bytes(8, "little") + header)
+        self._file.close()
+        self._file = None
+
+
+def _shard_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
+
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of element types in a safetensors header."""
+
+
+class Building:
+    """Context manager: a folder that appears under its name only when its content is complete.
+
+    An older folder of that name is replaced if `replace`, and refused otherwise.
+    """
+
+    def __init__(self, final: Path, *, replace: bool = False) -> None:
+        self._final, self._replace = final, replace
+        self._temp = final.with_name(f".{final.name}.writing-{os.getpid()}")
+
+    def __enter__(self) -> Path:
+        if self._final.exists() and not self._replace:
+            raise UserError(f"{self._final}: exists already. Nothing was changed.")
+        self._temp.mkdir(parents=True)
+        return self._temp
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self._temp, ignore_errors=True)
+            return
+        old = self._final.with_name(f".{self._final.name}.old-{os.getpid()}")
+        if self._final.exists():
+            self._final.rename(old)
+        self._temp.rename(self._final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class DiskLayout:
+    """Names and layout that checkpoints have on disk, for the tensors of a loaded model.
+
+    transformers knows how its modules' names and packed experts are published (`language_model.model...` of older
+    composites, one matrix per expert and projection); what it leaves out is added here: Qwen3-VL-MoE is published, and
+    read by serving engines, with packed experts input-first, `experts.gate_up_proj` [E, H, 2W] and `experts.down_proj`
+    [E, W, H]. transformers has and writes [E, 2W, H] and [E, H, W], and reads both, telling them apart by shape (so a
+    square matrix stays as the module has it).
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._model = without_weights(config)
+        family = moe_family(config)
+        self._packed = family is not None and family.on_disk == "packed"
+
+    def __call__(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) pairs on disk of one module tensor: several for experts that are stored one by one."""
+        for disk_name, stored in revert_weight_conversion(self._model, {name: tensor}).items():
+            packed = self._packed and disk_name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
+            yield disk_name, stored.transpose(1, 2) if packed and stored.shape[1] != stored.shape[2] else stored
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """Write config.json, with what transformers 5 writes in another way than published configurations do in both ways.
+
+    Readers with configuration classes of an older form, serving engines among them, ignore the new keys and silently
+    take their own defaults for the number of experts and the rotary base. transformers 5 reads both forms, and the same
+    from both.
+    """
+    config.save_pretrained(str(folder))
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    text = content.get("text_config", content)
+    if "num_local_experts" in text:
+        text.setdefault("num_experts", text["num_local_experts"])
+    rope = dict(text.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        text.setdefault("rope_theta", rope.pop("rope_theta"))
+        text.setdefault("rope_scaling", rope if rope.keys() != {"rope_type"} else None)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def copy_companions(src: Path, dst: Path, skip: Sequence[str] = ()) -> None:
+    """Copy a checkpoint's other files: tokenizer, image processor, generation settings."""
+    for path in src.iterdir():
+        weights = path.suffix in (".safetensors", ".bin", ".pt") or path.name == INDEX
+        if path.is_file() and not weights and path.name not in ("config.json", "README.md", *skip):
+            shutil.copy2(path, dst / path.name)

@@ -1,0 +1,248 @@
+"""What the report reads: results, answers, example frames and hardness tables, each whole or Missing."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.benchmark.scoring import SLICES, TASKS, mentions, score_answer
+from pipeline.data.readers import Sample, load_image, read_samples
+from pipeline.errors import UserError
+from pipeline.recipe import Recipe
+
+NUM_EXAMPLES = 6
+MAX_IMAGE_WIDTH = 640
+JPEG_QUALITY = 82
+
+Json = dict[str, Any]
+
+
+class Missing(Exception):
+    """A part of the report cannot be made; the message is the sentence printed in its place."""
+
+
+class _Lenient(BaseModel):
+    """What the report needs of a file; further keys are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ResultRow(_Lenient):
+    """One line of the table."""
+
+    name: str
+    slug: str
+    model: str
+    blind: bool = False
+    regular: float | None = None
+    corner: float | None = None
+    blind_regular: float | None = None
+    blind_corner: float | None = None
+    scores: dict[str, dict[str, float]] = {}
+    params_total: int | None = None
+    params_active: int | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2e_ms: float | None = None
+    speedup_vs_teacher: float | None = None
+
+
+class ResultBar(_Lenient):
+    """A figure to reach."""
+
+    name: str
+    value: float | None = None
+    target: float
+    reached: bool
+
+
+class Results(_Lenient):
+    """`results.json`."""
+
+    rows: tuple[ResultRow, ...] = ()
+    bars: tuple[ResultBar, ...] = ()
+    machine: dict[str, Any] = {}
+    date: str = ""
+    seed: int | None = None
+    latency: dict[str, Any] = {}
+
+    @property
+    def teacher(self) -> ResultRow | None:
+        """The first row."""
+        return self.rows[0] if self.rows else None
+
+    @property
+    def student(self) -> ResultRow | None:
+        """The last row, unless it is the teacher or a blind baseline."""
+        last = self.rows[-1] if len(self.rows) > 1 else None
+        return None if last is None or last.blind else last
+
+
+class Answer(_Lenient):
+    """One question with a model's answer."""
+
+    sample_id: str
+    task: str
+    slice: str = "unknown"
+    prompt: str
+    gold: str
+    prediction: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An answer with its mark."""
+
+    who: str
+    text: str
+    mark: str
+    """good, part or bad."""
+    label: str
+    notes: tuple[str, ...] = ()
+    """What it left out or made up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A frame with question, gold answer and the models' answers."""
+
+    task: str
+    slice: str
+    image: str | None
+    """data: URI; None: the image could not be read."""
+    prompt: str
+    gold: str
+    answers: tuple[Verdict, ...]
+
+
+def read_results(run_dir: Path) -> Results:
+    """`results.json`. Raises Missing."""
+    content = read_json(run_dir / "results.json", "the evaluation has not been run")
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        raise Missing(f"results.json is not a result table: {_first_problem(error)}.") from None
+
+
+def examples(recipe: Recipe, results: Results) -> list[Example]:
+    """One frame per task and slice, the first by sample_id: ids are content hashes, so nobody chose them.
+
+    Raises:
+        Missing: no answers or no data.
+    """
+    shown = [row for row in (results.teacher, results.student) if row]
+    if not shown:
+        raise Missing("There are no example frames: there is no result table that says whose answers to show.")
+    answers = {row.name: _answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
+    try:
+        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.test_split)
+    except (UserError, OSError, ValueError) as error:
+        raise Missing(f"There are no example frames: the test data cannot be read ({error}).") from None
+    common = set.intersection(*(set(by_id) for by_id in answers.values()))
+    chosen = _choose([s for s in samples if s.sample_id in common])
+    if not chosen:
+        raise Missing("There are no example frames: the answers belong to other data than the test split on disk.")
+    return [_example(sample, {name: by_id[sample.sample_id] for name, by_id in answers.items()}) for sample in chosen]
+
+
+def _choose(samples: Sequence[Sample]) -> list[Sample]:
+    """The first sample of every task and slice, then the next ones until there are NUM_EXAMPLES."""
+    wanted = [(part, task) for part in SLICES for task in TASKS]
+    first: dict[tuple[str, str], Sample] = {}
+    for sample in samples:
+        first.setdefault((sample.slice, sample.task), sample)
+    chosen = [first[key] for key in wanted if key in first]
+    taken = {sample.sample_id for sample in chosen}
+    rest = [sample for sample in samples if sample.sample_id not in taken]
+    return (chosen + rest)[:NUM_EXAMPLES]
+
+
+def _example(sample: Sample, answers: Mapping[str, Answer]) -> Example:
+    verdicts = tuple(verdict(who, answer) for who, answer in answers.items())
+    return Example(sample.task, sample.slice, data_uri(sample), sample.prompt, sample.answer, verdicts)
+
+
+def verdict(who: str, answer: Answer) -> Verdict:
+    """The answer with its mark: correct, wrong, or the score in between."""
+    score = score_answer(answer.task, answer.prediction, answer.gold)
+    mark = "good" if score >= 1.0 else "bad" if score <= 0.0 else "part"
+    label = {"good": "correct", "bad": "wrong"}.get(
+        mark, f"{'F1' if answer.task == 'general' else 'ROUGE-L'} {score:.2f}"
+    )
+    notes = _differences(answer) if answer.task == "general" else ()
+    return Verdict(who, answer.prediction, mark, label, notes)
+
+
+def _differences(answer: Answer) -> tuple[str, ...]:
+    said, true = set(mentions(answer.prediction)), set(mentions(answer.gold))
+    pairs = (("left out", true - said), ("made up", said - true))
+    return tuple(f"{word}: {', '.join(sorted(kinds))}" for word, kinds in pairs if kinds)
+
+
+def data_uri(sample: Sample, number: int = 0) -> str | None:
+    """One of a sample's images for a page, made smaller; None if it cannot be read."""
+    try:
+        image = load_image(sample, number)
+    except UserError:
+        return None
+    image.thumbnail((MAX_IMAGE_WIDTH, MAX_IMAGE_WIDTH), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def hardness_columns(path: Path) -> Json:
+    try:
+        columns: Json = pq.read_table(
+            path, columns=["sample_id", "stratum", "hardness", "rank", "last_step"]
+        ).to_pydict()
+    except FileNotFoundError:
+        raise Missing("There is no hardness table: the hardness stage has not been run.") from None
+    except (OSError, pa.ArrowException) as error:
+        raise Missing(f"The hardness table {path.name} cannot be read ({error}).") from None
+    if not columns["sample_id"]:
+        raise Missing("The hardness table is empty.")
+    return columns
+
+
+def train_slices(recipe: Recipe) -> dict[str, str]:
+    try:
+        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    except (UserError, OSError, ValueError) as error:
+        raise Missing(f"Corner and regular are not told apart: the training data cannot be read ({error}).") from None
+    return {sample.sample_id: sample.slice for sample in samples}
+
+
+def _answers(path: Path) -> dict[str, Answer]:
+    """A row's answers by sample_id, under `samples` as the evaluation writes them, or `predictions`."""
+    content = read_json(path, "this row has not been evaluated")
+    listed = content.get("samples", content.get("predictions"))
+    try:
+        return {answer.sample_id: answer for answer in map(Answer.model_validate, listed or ())}
+    except ValidationError as error:
+        raise Missing(f"There are no example frames: {path.name} is broken: {_first_problem(error)}.") from None
+
+
+def read_json(path: Path, why: str) -> Json:
+    if not path.is_file():
+        raise Missing(f"There is no {path.name}: {why}.")
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Missing(f"{path.name} cannot be read ({error}).") from None
+    if not isinstance(content, dict):
+        raise Missing(f"{path.name} does not hold a JSON object.")
+    return content
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

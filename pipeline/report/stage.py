@@ -1,0 +1,281 @@
+"""The one-page report of a run: a single HTML file with everything inside, to look at, print or send.
+
+    clkd report RECIPE.yaml
+
+Reads what the other stages left in the run's folder and writes `report.html` beside it. A part whose files are missing
+or broken is left out, with a sentence that says so: a report never fails a run.
+"""
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.benchmark.scoring import SLICES, TASKS
+from pipeline.files import write_text
+from pipeline.recipe import Recipe
+from pipeline.report import plots
+from pipeline.report.data import (
+    Json,
+    Missing,
+    ResultBar,
+    ResultRow,
+    Results,
+    examples,
+    hardness_columns,
+    read_json,
+    read_results,
+    train_slices,
+)
+from pipeline.report.plots import HardnessView, JobCurves
+from pipeline.training.metrics import read_metrics
+
+TEMPLATE = "template.html.j2"
+_NOT_TASKS = ("mean", "rouge_l", "n")
+_BAR_TITLES = {
+    "clkd_speedup": ("the teacher’s speed", "end to end, one question at a time"),
+    "clkd_vs_teacher_regular": ("of the teacher’s score", "on regular scenes"),
+    "clkd_vs_teacher_corner": ("of the teacher’s score", "on corner cases"),
+    "teacher_vs_blind_regular": ("the blind baseline’s score", "teacher, regular"),
+    "teacher_vs_blind_corner": ("the blind baseline’s score", "teacher, corner"),
+}
+"""Bars in the order shown: (unit, of what)."""
+
+T = TypeVar("T")
+
+
+def build(recipe: Recipe, command: str) -> str:
+    """The whole report as HTML.
+
+    Args:
+        command: what makes the run again, shown at the end.
+    """
+    results = _try(lambda: read_results(recipe.run.dir))
+    known = results if isinstance(results, Results) else Results()
+    curves = student_curves(recipe, known)
+    parts = {
+        "headline": results if isinstance(results, Missing) else known,
+        "scores": _try(lambda: _scores_figure(known)),
+        "examples": _try(lambda: examples(recipe, known)),
+        "training": _try(lambda: _curves_figure(recipe, curves, plots.training_curves)),
+        "schedules": _try(lambda: _curves_figure(recipe, curves, plots.schedule_curves)),
+        "experts": _try(lambda: _experts_figure(recipe, curves)),
+        "hardness": _try(lambda: _hardness_figure(recipe, known)),
+        "durations": _try(lambda: _durations(recipe.run.dir)),
+    }
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"millions": _millions, "number": _number, "percent": _percent, "duration": plots.duration}
+    environment.tests["missing"] = lambda part: isinstance(part, Missing)
+    return environment.get_template(TEMPLATE).render(
+        parts=parts,
+        results=known,
+        headline=headline(known),
+        summary=summary(known),
+        cards=cards(known.bars),
+        tasks=_tasks(known),
+        slices=SLICES,
+        command=command,
+        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=100),
+    )
+
+
+def headline(results: Results) -> str:
+    """What this is, in one sentence."""
+    student = results.student
+    experts = student is not None and student.params_active != student.params_total
+    kind = "Mixture-of-Experts student" if experts or student is None else "student"
+    speed = student.speedup_vs_teacher if student else None
+    if speed is not None and speed > 1:
+        return (
+            f"A driving vision-language model, distilled into a {kind} that answers {_floor(speed):.2f} times as fast"
+        )
+    return f"A driving vision-language model, distilled into a {kind}"
+
+
+def summary(results: Results) -> str:
+    """Sizes and outcome in plain sentences; empty without a table."""
+    teacher, student = results.teacher, results.student
+    if teacher is None:
+        return ""
+    said = f"The teacher has {_millions(teacher.params_total)} parameters"
+    if student is None:
+        return f"{said}. No student has been evaluated yet."
+    said += f", the student {_student_size(student)}."
+    ratios = [
+        f"{_percent(_floor(ratio, 3))} on {what}"
+        for part, what in (("regular", "regular scenes"), ("corner", "corner cases"))
+        if (ratio := _ratio(getattr(student, part), getattr(teacher, part))) is not None
+    ]
+    return f"{said} Of the teacher’s score, it reaches {' and '.join(ratios)}." if ratios else said
+
+
+def cards(bars: Sequence[ResultBar]) -> list[Json]:
+    """The bars as big figures, known ones first and in a fixed order; the first three lead."""
+    order = list(_BAR_TITLES)
+    ranked = sorted(bars, key=lambda bar: order.index(bar.name) if bar.name in order else len(order))
+    return [_card(bar) for bar in ranked]
+
+
+def _card(bar: ResultBar) -> Json:
+    unit, what = _BAR_TITLES.get(bar.name, ("", bar.name.replace("_", " ")))
+    share = unit.startswith("of ")
+    shown = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
+    target = f"{100 * bar.target:g}%" if share else f"{bar.target:g}×"
+    verdict = "reached" if bar.reached else "not measured" if bar.value is None else "missed"
+    return {"figure": shown, "unit": unit, "what": what, "target": target, "verdict": verdict}
+
+
+def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
+    """Metrics of the jobs behind the students' rows, in the rows' order; without a table, of all jobs but the first."""
+    teacher = results.teacher.model if results.teacher else recipe.targets.teacher
+    names = {row.model: row.name for row in results.rows if not row.blind and row.model != teacher}
+    if not names:
+        names = {f"jobs.{name}": name for name in recipe.jobs if f"jobs.{name}" != teacher}
+    jobs = {ref.removeprefix("jobs."): label for ref, label in names.items() if ref.startswith("jobs.")}
+    colours = plots.job_colours(len(jobs))
+    curves = [
+        JobCurves(label, colour, _metrics(recipe.job_dir(name) / "metrics.jsonl"))
+        for (name, label), colour in zip(jobs.items(), colours, strict=True)
+    ]
+    return [job for job in curves if job.rows]
+
+
+def _scores_figure(results: Results) -> Markup:
+    if not results.rows:
+        raise Missing("There are no scores to draw.")
+    rows = [plots.ScoreRow(r.name, r.regular, r.corner, r.blind_regular, r.blind_corner) for r in results.rows]
+    return Markup(plots.score_bars(rows))
+
+
+def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:
+    if not jobs:
+        raise Missing(f"No student has logged metrics in {recipe.run.dir / 'jobs'} yet.")
+    return Markup(draw(jobs))
+
+
+def _experts_figure(recipe: Recipe, jobs: Sequence[JobCurves]) -> Json:
+    figure = plots.expert_heat_map(jobs)
+    if figure is None:
+        raise Missing("No job has logged expert load: there is no Mixture-of-Experts student yet.")
+    label, (_, load_SLE) = [(job.label, load) for job in jobs if (load := job.expert_load())][-1]
+    last_LE = load_SLE[-1]
+    ends = {"job": label, "low": last_LE.min(), "high": last_LE.max(), "even": 1 / last_LE.shape[1]}
+    return {"figure": Markup(figure), "ends": ends}
+
+
+def _hardness_figure(recipe: Recipe, results: Results) -> Json:
+    """Histograms before and after training, and how corner cases are spread over the ranks."""
+    before = hardness_columns(recipe.run.dir / "hardness.parquet")
+    refs = [row.model for row in reversed(results.rows)] + [f"jobs.{name}" for name in reversed(recipe.jobs)]
+    paths = [recipe.job_dir(r.removeprefix("jobs.")) / "hardness.parquet" for r in refs if r.startswith("jobs.")]
+    after_path = next((path for path in paths if path.is_file()), None)
+    after = hardness_columns(after_path) if after_path else None
+    slices = _try(lambda: train_slices(recipe))
+    known = slices if isinstance(slices, dict) else {}
+    tables = [("Before training", before), *([("After training", after)] if after else [])]
+    views = [
+        HardnessView(
+            title,
+            np.array(table["hardness"], float),
+            [str(stratum) for stratum in table["stratum"]],
+            [known.get(sample_id, "unknown") for sample_id in table["sample_id"]],
+        )
+        for title, table in tables
+    ]
+    return {
+        "figure": Markup(plots.hardness_histograms(views)),
+        "job": after_path.parent.name if after_path else None,
+        "visited": sum(step >= 0 for step in after["last_step"]) if after else None,
+        "count": len(before["sample_id"]),
+        "deciles": [_corner_shares(title, table, known) for title, table in tables],
+        "note": str(slices) if isinstance(slices, Missing) else None,
+    }
+
+
+def _corner_shares(title: str, table: Json, slices: Mapping[str, str]) -> Json | None:
+    """Share of corner cases overall and among the tenth of samples that rank hardest within their task."""
+    corner = np.array([slices.get(sample_id) == "corner" for sample_id in table["sample_id"]])
+    hardest = np.array(table["rank"], float) >= 0.9
+    if not corner.any() or not hardest.any():
+        return None
+    return {"title": title, "all": corner.mean(), "hardest": corner[hardest].mean()}
+
+
+def _durations(run_dir: Path) -> Json:
+    content = read_json(run_dir / "stages.json", "the stages were not run as one chain")
+    seconds = {str(k): float(v) for k, v in content.items() if isinstance(v, int | float)}
+    if not seconds:
+        raise Missing("No stage has recorded its duration.")
+    return {"figure": Markup(plots.duration_bars(seconds)), "total": sum(seconds.values())}
+
+
+def _metrics(path: Path) -> list[Json]:
+    try:
+        return [row for row in read_metrics(path) if isinstance(row, dict) and "step" in row]
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _try(make: Callable[[], T]) -> T | Missing:
+    """A part of the report, or why it is left out: what the files hold is not this stage's to guarantee."""
+    try:
+        return make()
+    except Missing as missing:
+        return missing
+    except (ValueError, TypeError, KeyError) as error:
+        return Missing(f"This part cannot be drawn from the files as they are ({error}).")
+
+
+def _tasks(results: Results) -> list[str]:
+    found = {task for row in results.rows for scores in row.scores.values() for task in scores}
+    return [task for task in (*TASKS, *sorted(found - set(TASKS))) if task in found and task not in _NOT_TASKS]
+
+
+def _student_size(student: ResultRow) -> str:
+    total, active = student.params_total, student.params_active
+    if active is None or total == active:
+        return _millions(total)
+    return f"{_millions(total)}, of which {_millions(active)} are active for a token"
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above is not None and below else None
+
+
+def _floor(value: float, digits: int = 2) -> float:
+    """Rounded down, so that a bar missed by a hair does not read as reached."""
+    scale = 10.0**digits
+    return math.floor(value * scale + 1e-9) / scale
+
+
+def _millions(count: int | None) -> str:
+    if count is None:
+        return "–"
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} billion"
+    return f"{count / 1e6:.2f} million" if count < 1e7 else f"{count / 1e6:.0f} million"
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f}%"
+
+
+def main(recipe: Recipe, options: argparse.Namespace) -> None:
+    """The stage `report`."""
+    command = shlex.join(["clkd", "run", str(options.recipe), *options.overrides])
+    path = recipe.run.dir / "report.html"
+    write_text(path, build(recipe, command))
+    print(f"report: {path} ({path.stat().st_size / 1024:.0f} KiB)")

@@ -1,0 +1,1 @@
+"""Soft targets of a teacher, and the store that keeps them by sample_id."""

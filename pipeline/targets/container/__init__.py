@@ -1,0 +1,1 @@
+"""The store without its codecs: folders, shards, records, leases."""

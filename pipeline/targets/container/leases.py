@@ -1,0 +1,111 @@
+"""Who is working on which shard: lease files, so that any number of workers may come, go and be killed.
+
+A lease only saves work; no number depends on it. After a wrong guess about a dead worker (clocks that differ, a stalled
+file system) two workers may write one shard: one of them may then stop with an error, and if their machines round
+differently the shard may not match its record. The store's checks find that, and the next run writes the shard again.
+"""
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.targets.container.folders import Folder
+
+LEASE_S = 120.0
+"""Seconds without a sign of life after which a worker counts as dead, unless it is seen to be dead before."""
+
+
+class ShardLeases:
+    """Leases of one worker in a store's folder, kept alive by a thread while the context is open."""
+
+    def __init__(self, folder: Folder, lease_s: float = LEASE_S) -> None:
+        self._folder, self._lease_s = folder, lease_s
+        self._held: set[str] = set()
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._keeper = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._keeper.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        self._keeper.join()
+        for name in sorted(self._held):
+            self._folder.remove(name)
+        self._held.clear()
+
+    def claim(self, shard: int) -> bool:
+        """Take a shard; False when a living worker has it."""
+        name, mine = lease_name(shard), json.dumps(_me()).encode()
+        free = self._folder.create(name, mine)
+        # Of several claimants of an abandoned one, one removes it and one creates the next.
+        if not free and not (self._abandoned(name) and self._folder.remove(name) and self._folder.create(name, mine)):
+            return False
+        with self._lock:
+            self._held.add(name)
+        return True
+
+    def release(self, shard: int) -> None:
+        """Give a shard back, done or not."""
+        with self._lock:
+            self._held.discard(lease_name(shard))
+        self._folder.remove(lease_name(shard))
+        self._folder.tidy({lease_name(shard)})
+
+    def _abandoned(self, name: str) -> bool:
+        age = self._folder.age(name)
+        if age is None:
+            return False  # just given back: the next pass over the shards finds it
+        holder = _read(self._folder, name)
+        here = holder.get("host") == _me()["host"] and isinstance(holder.get("pid"), int)
+        return age > self._lease_s or (here and not _alive(holder["pid"]))
+
+    def _keep_alive(self) -> None:
+        while not self._closing.wait(self._lease_s / 4):
+            with self._lock:
+                held = list(self._held)
+            for name in held:
+                self._folder.touch(name)  # gone when another worker thought us dead, see above
+
+
+def lease_name(shard: int) -> str:
+    """Lease file of a shard."""
+    return f"shard-{shard:05d}.lease"
+
+
+def clear_leases(folder: Folder, committed: Iterable[int]) -> None:
+    """Remove what a worker left that was killed between committing a shard and giving it back."""
+    names = {lease_name(shard) for shard in committed}
+    for name in names.intersection(folder.names()):
+        folder.remove(name)
+    folder.tidy(names)
+
+
+def _me() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _read(folder: Folder, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(name))
+    except (OSError, ValueError):  # not ours, or gone: its age decides
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,45 @@
+"""What a store was made from, and of: equality of these is what lets a run use it."""
+
+from collections.abc import Sequence
+
+import xxhash
+
+from pipeline.data.processor import Processor
+from pipeline.data.readers import Sample
+from pipeline.errors import UserError
+from pipeline.files import weights_hash
+from pipeline.recipe import Recipe
+from pipeline.targets import sketches
+from pipeline.targets.codecs import identity_of, make_spec
+from pipeline.targets.container.records import Identity
+from pipeline.targets.container.shards import FORMAT_VERSION
+
+
+def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
+    """Everything that changes a stored number: what a store for this run must say.
+
+    Prompt, answer and images are not in it: a sample_id is a hash of them.
+
+    Raises:
+        UserError: the teacher is not there.
+    """
+    teacher_dir = recipe.model_dir(recipe.targets.teacher)
+    if not (teacher_dir / "config.json").is_file():
+        raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
+    return {
+        "format_version": FORMAT_VERSION,
+        **identity_of(recipe.targets.codec, make_spec(recipe.targets, processor.vocab_size)),
+        **sketches.identity_of(recipe.targets.sketches),
+        "temperature": recipe.targets.temperature,
+        "dtype": recipe.targets.dtype,
+        "teacher_weights": weights_hash(teacher_dir),
+        **{f"processor_{name}": value for name, value in processor.identity().items()},
+    }
+
+
+def dataset_fingerprint(samples: Sequence[Sample]) -> str:
+    """Hash of all sample ids in order, and so of all prompts, answers and images."""
+    digest = xxhash.xxh3_128()
+    for sample in samples:
+        digest.update(f"{sample.sample_id}\n")
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""The teacher's side of a training job: soft targets, hardness table, weight normalisers, an adaptive release's gap.
+
+It is made from a recipe's files, learns from every step, and is part of the checkpoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+from pipeline.data.processor import Processor
+from pipeline.data.readers import Sample
+from pipeline.errors import UserError
+from pipeline.method.hardness import HardnessTable
+from pipeline.method.losses import WeightNormaliser
+from pipeline.method.release import ClosingGap
+from pipeline.method.schedules import Schedules
+from pipeline.recipe import AdaptiveConfig, JobConfig, Recipe
+from pipeline.targets.identity import dataset_fingerprint, expected_identity
+from pipeline.targets.sketches import SketchStore
+from pipeline.targets.store import SoftTargetStore
+from pipeline.training.step import StepStats
+from pipeline.training.validation_gap import GapProbe, hold_out
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """What a job with a teacher or a curriculum has besides its student."""
+
+    samples: list[Sample]
+    """Those that the job trains on: all, less what an adaptive release holds out."""
+    store: SoftTargetStore
+    table: HardnessTable
+    sketches: SketchStore | None
+    """None: a job without features."""
+    gap: ClosingGap
+    """Stays empty unless the release is adaptive."""
+    probe: GapProbe | None
+    """What measures the gap, for an adaptive release."""
+    normaliser: WeightNormaliser
+    """Of the KL's token weights."""
+    feature_normaliser: WeightNormaliser
+
+    @classmethod
+    def open(cls, recipe: Recipe, job: JobConfig, processor: Processor, samples: list[Sample]) -> "Distillation | None":
+        """Everything the job reads from a teacher, checked against its samples; None for plain SFT.
+
+        Raises:
+            StoreError: the store is of another run, or lacks samples.
+            UserError: the hardness table was made for other samples.
+        """
+        if job.distill is None and job.curriculum is None:
+            return None
+        identity = expected_identity(recipe, processor)
+        store = SoftTargetStore.open(recipe.store_url, identity)
+        ids = [s.sample_id for s in samples]
+        store.require(ids, dataset_fingerprint(samples))
+        table = _table(recipe, job, ids)
+        sketches = None
+        if job.distill is not None and job.distill.active_features is not None:
+            sketches = SketchStore.open(recipe.store_url, identity)
+        adaptive = job.distill.adaptive if job.distill else AdaptiveConfig()
+        probe = None
+        if len(Schedules(job).gap_steps()):
+            samples, held_out = hold_out(samples, adaptive.samples, recipe.run.seed)
+            table = table.subset([s.sample_id for s in samples])
+            size, temperature = job.micro_batch_size, recipe.targets.temperature
+            probe = GapProbe(held_out, processor, store, micro_batch_size=size, temperature=temperature)
+        gap = ClosingGap(adaptive.ema)
+        return cls(samples, store, table, sketches, gap, probe, WeightNormaliser(), WeightNormaliser())
+
+    def learn(self, stats: StepStats, step: int, job: JobConfig, most: int, device: Any) -> None:
+        """Take in what a step measured: weights, and with a dynamic table the scores of all ranks' samples.
+
+        Args:
+            most: largest number of a rank's samples in a step.
+        """
+        if job.distill is None:
+            return
+        sums = stats.sums
+        self.normaliser.update(sums["weighted"], sums["plain"])
+        if "features" in sums:
+            self.feature_normaliser.update(sums["feature_weighted"], sums["feature_plain"])
+        if job.hardness.dynamic:
+            index, scores = stats.gather_scores(most, device)
+            self.table.update(index, scores, step, job.hardness.ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint's JSON; the table goes beside it, as arrays."""
+        return {
+            "normaliser": self.normaliser.state_dict(),
+            "gap": self.gap.state_dict(),
+            "feature_normaliser": self.feature_normaliser.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Restore from the checkpoint."""
+        self.normaliser.load_state_dict(state["normaliser"])
+        self.gap.load_state_dict(state["gap"])
+        self.feature_normaliser.load_state_dict(state["feature_normaliser"])
+        self.table.load_arrays(arrays)
+
+
+def _table(recipe: Recipe, job: JobConfig, ids: list[str]) -> HardnessTable:
+    path = job.hardness.table or recipe.run.dir / "hardness.parquet"
+    table = HardnessTable.load(path)
+    if not table.is_of(ids):
+        raise UserError(
+            f"{path}: made for {len(table)} other samples than the {len(ids)} of this run. "
+            "Make it again with `clkd hardness`. Nothing was started."
+        )
+    return table

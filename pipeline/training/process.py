@@ -1,0 +1,188 @@
+"""A training process among others: its signals, its group of ranks, and the lock that keeps a job to one run."""
+
+import contextlib
+import fcntl
+import os
+import platform
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import deepspeed
+import torch.distributed as dist
+import xxhash
+from deepspeed.accelerator import get_accelerator
+from torch.distributed import distributed_c10d
+
+from pipeline.errors import ConfigError, LostContactError, UserError
+from pipeline.files import PACKAGE
+from pipeline.training.operators import clear_stale_locks
+
+LOCK_WAIT_S, OTHER_JOB_WAIT_S = 60.0, 5.0
+TIMEOUT_VARIABLE = "CLKD_COLLECTIVE_TIMEOUT_S"
+TIMEOUT_S = 1800
+"""Seconds a rank waits for the others: longer than rank 0 writes the final model while they wait."""
+VERSIONS_OF = ("torch", "deepspeed", "transformers")
+_NO_CONTACT = re.compile(r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|peer|unreachable", re.I)
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGUSR1; looked at once per step."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._raise)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+
+@contextlib.contextmanager
+def only_one(job_dir: Path, rank: int) -> Iterator[None]:
+    """Hold the job's lock on rank 0; a run that is just ending gets a minute to let go."""
+    if rank:
+        yield
+        return
+    job_dir.mkdir(parents=True, exist_ok=True)
+    with (job_dir / "lock").open("a+") as file:
+        _lock(file, job_dir)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}{_slurm_job()}")
+        file.flush()
+        yield
+
+
+def _lock(file: IO[str], job_dir: Path) -> None:
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read()
+            if time.monotonic() - began > _patience_s(holder):
+                raise UserError(
+                    f"{job_dir}: another run of this job is going on ({holder}). Wait for it or stop it. "
+                    "Nothing was changed."
+                ) from None
+            time.sleep(1.0)
+
+
+def _patience_s(holder: str) -> float:
+    """How long to wait for a lock that `holder` says who has: a run that is just ending lets go."""
+    ours = _slurm_job()
+    if not ours or ", Slurm job " not in holder:
+        return LOCK_WAIT_S
+    if not holder.endswith(ours):  # jobs do not overlap unless somebody sent two
+        return OTHER_JOB_WAIT_S
+    # A rank 0 that a cut cable keeps from its own requeued job notices when its collectives time out.
+    return LOCK_WAIT_S + collective_timeout().total_seconds()
+
+
+def _slurm_job() -> str:
+    return f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+
+
+def collective_timeout() -> timedelta:
+    """How long a rank waits for the others before it gives up."""
+    given = os.environ.get(TIMEOUT_VARIABLE, str(TIMEOUT_S))
+    if not given.isdigit() or int(given) < 1:
+        raise ConfigError(f"{TIMEOUT_VARIABLE}: must be a whole number of seconds, got {given!r}. Nothing was started.")
+    return timedelta(seconds=int(given))
+
+
+def start_distributed() -> None:
+    """Join the launcher's group, or form a group of one when started without a launcher.
+
+    Raises:
+        LostContactError: the ranks do not find each other.
+        ConfigError: they do not run the same code.
+    """
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
+    if "RANK" not in os.environ:
+        os.environ.update(alone)
+    clear_stale_locks()
+    timeout = collective_timeout()
+    # DeepSpeed forms the expert groups without a timeout: they get torch's default, half an hour with gloo.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    try:
+        deepspeed.init_distributed(timeout=timeout)
+    except dist.DistError as error:
+        raise LostContactError(_no_rendezvous(error, timeout)) from None
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    everywhere: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, versions())
+    refuse_other_versions(everywhere)
+
+
+def _no_rendezvous(error: dist.DistError, timeout: timedelta) -> str:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    me = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} on {os.uname().nodename}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"{me}: port {os.environ['MASTER_PORT']} is in use here. Start the job again with another MASTER_PORT "
+            "(slurm/train.sbatch and `torchrun --standalone` choose a free one). Nothing was started."
+        )
+    return (
+        f"{me}: no rendezvous at {place} within {timeout.total_seconds():g} s ({TIMEOUT_VARIABLE}). Check that this "
+        "node reaches that address, and CLKD_INTERFACE on nodes with several networks. Nothing was started. "
+        f"({error})"
+    )
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all ranks, and the node that says so."""
+    code = xxhash.xxh3_64()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(path.read_bytes())
+    packages = {package: metadata.version(package) for package in VERSIONS_OF}
+    return {"node": os.uname().nodename, "python": platform.python_version(), **packages, "pipeline": code.hexdigest()}
+
+
+def refuse_other_versions(everywhere: Sequence[Mapping[str, str]]) -> None:
+    """ConfigError with both values of everything in which a rank differs from rank 0."""
+    first = everywhere[0]
+    differs = {
+        f"{name}: {first[name]} on {first['node']}, {other[name]} on {other['node']}"
+        for other in everywhere
+        for name in first
+        if name != "node" and other[name] != first[name]
+    }
+    if differs:
+        raise ConfigError(
+            "the ranks do not run the same code:\n  "
+            + "\n  ".join(sorted(differs))
+            + "\nPut project and environment on storage that all nodes see (CLKD_HOME, CLKD_VENV), or bring them to "
+            "one version. Nothing was started."
+        )
+
+
+@contextlib.contextmanager
+def contact() -> Iterator[None]:
+    """LostContactError in place of the backend's own when a rank no longer reaches another one."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _NO_CONTACT.search(str(error)):
+            raise
+        raise LostContactError(
+            f"rank {os.environ['RANK']} on {os.uname().nodename} lost contact with another rank: "
+            f"{str(error).splitlines()[0]}. It failed or cannot be reached (ranks wait "
+            f"{collective_timeout().total_seconds():g} s for each other, {TIMEOUT_VARIABLE}); its own log says more. "
+            "Start the job again: it goes on from the last checkpoint."
+        ) from error

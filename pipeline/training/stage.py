@@ -1,0 +1,45 @@
+"""The stage `train`: one job, on as many ranks as the launcher starts.
+
+    deepspeed train.py --config RECIPE.yaml --deepspeed_config ds_configs/X.json job=NAME
+
+Exit codes: 0 done; 2 refused, nothing lost; 75 lost contact with another rank, 85 checkpointed after SIGTERM or
+SIGUSR1: start it again to go on.
+"""
+
+import argparse
+import json
+
+import torch
+import torch.distributed as dist
+
+from pipeline.export import stage as export
+from pipeline.models import checkpoint_folder
+from pipeline.models.topology import read_deepspeed_config
+from pipeline.recipe import JobConfig, Recipe
+from pipeline.training.loop import Trainer, refuse_other_settings, settings
+from pipeline.training.process import StopFlag, contact, only_one, start_distributed
+
+
+def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
+    """Whether the job's final model is written: it was exported after the last step."""
+    report = recipe.model_dir(f"jobs.{name}") / export.REPORT
+    return report.is_file() and int(json.loads(report.read_text())["step"]) == job.steps
+
+
+def main(recipe: Recipe, options: argparse.Namespace) -> int:
+    """Train the job that the recipe's `job` names."""
+    name, job = recipe.selected_job()
+    ds_json = read_deepspeed_config(options.deepspeed_config)
+    if finished(recipe, name, job):
+        saved = checkpoint_folder.latest(recipe.job_dir(name) / "checkpoints")
+        if saved is not None:
+            fingerprint = checkpoint_folder.read_meta(saved)["state"]["fingerprint"]
+            refuse_other_settings(recipe.job_dir(name), fingerprint, settings(job, recipe.run.seed))
+        print(f"job {name!r} is finished: {recipe.model_dir(f'jobs.{name}')}")
+        return 0
+    stop = StopFlag()
+    torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    start_distributed()
+    torch.manual_seed(recipe.run.seed)
+    with only_one(recipe.job_dir(name), dist.get_rank()), contact():
+        return Trainer(recipe, name, job, ds_json, stop).run()

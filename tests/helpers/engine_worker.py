@@ -1,0 +1,103 @@
+"""Trains a tiny MoE model under DeepSpeed; started by the slow tests with one process per rank.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/helpers/engine_worker.py SPEC.json
+
+Writes what rank 0 saw (losses, gradient norms, conversion count, time) to the spec's `out` JSON and the final
+parameters to `out`.safetensors.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from pipeline.models import moe
+from pipeline.training import checkpoint, engine_state
+from pipeline.training.engine import start
+from tests.helpers import tiny
+
+
+def main(spec: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = tiny.dense_model() if spec.get("dense") else tiny.moe_model()
+    _freeze(model, spec.get("trainable", "all"))
+    engine = _engine(model, spec)
+    if spec.get("checkpointing"):
+        moe.enable_activation_checkpointing(engine.module)
+    converted = moe.expect_converted(engine, model.config)
+    probe = moe.RouterProbe(engine.module)
+    first, history = 0, []
+    if spec.get("load"):
+        loaded = checkpoint.load(engine, Path(spec["load"]))
+        assert loaded is not None
+        assert loaded.state["note"] == "kept"
+        assert loaded.arrays["a"].tolist() == [1.0, 2.0]
+        first = loaded.step
+    started = time.perf_counter()
+    for step in range(first, spec["steps"]):
+        history.append(_step(engine, probe, spec, step, rank, world))
+        if step + 1 == spec.get("save_at"):
+            import numpy as np
+
+            checkpoint.save(engine, Path(spec["save"]), step + 1, {"note": "kept"}, {"a": np.array([1.0, 2.0])}, 2)
+    seconds = time.perf_counter() - started
+    parameters = dict(engine_state.full_parameters(engine))
+    if rank == 0:
+        result = {
+            "history": history,
+            "converted": converted,
+            "seconds": seconds,
+            "optimizer": type(engine.optimizer).__name__,
+        }
+        Path(spec["out"]).write_text(json.dumps(result))
+        save_file({k: v.clone() for k, v in parameters.items()}, spec["out"] + ".safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _engine(model: Any, spec: dict[str, Any]) -> Any:
+    raw = json.loads(Path(spec["deepspeed"]).read_text()) if isinstance(spec["deepspeed"], str) else spec["deepspeed"]
+    return start(model, tiny.job(**spec["job"]), raw)
+
+
+def _freeze(model: Any, trainable: str) -> None:
+    if trainable == "mlp_and_router":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("language_model" in name and ".mlp." in name)
+
+
+def _step(engine: Any, probe: moe.RouterProbe, spec: dict[str, Any], step: int, rank: int, world: int) -> list[Any]:
+    """(global mean loss, gradient norm before clipping, per-layer expert counts) of one optimizer step."""
+    count = tiny.global_tokens(step)
+    gas = engine.gradient_accumulation_steps()
+    mine = range(rank, len(tiny.LENGTHS), world)
+    size = len(mine) // gas
+    total, loads = torch.zeros(()), []
+    for part in range(gas):
+        inputs, labels = tiny.collate([tiny.sample(step, i) for i in list(mine)[part * size : (part + 1) * size]])
+        inputs["pixel_values"] = inputs["pixel_values"].to(next(engine.module.parameters()).dtype)
+        local = tiny.loss_sum(engine(**inputs).logits, labels)
+        if len(probe):
+            loads = [moe.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist() for x in probe.take()]
+        engine.backward(local * world * gas / count)
+        engine.step()
+        total += local.detach()
+    dist.all_reduce(total)
+    return [total.item() / count, float(engine.get_global_grad_norm() or 0), loads]
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

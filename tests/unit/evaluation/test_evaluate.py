@@ -1,0 +1,398 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.benchmark.random_models import build
+from pipeline.cli import main as clkd
+from pipeline.data.processor import collate
+from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.evaluation import generate, latency, results, stage
+from pipeline.evaluation.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts
+from pipeline.evaluation.latency import Timing
+from pipeline.evaluation.results import Row, bars
+from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples
+from pipeline.models.loading import load_model, save_model
+from pipeline.models.student import upcycle
+from pipeline.recipe import ModelConfig, TextSize, UpcycleConfig, VisionSize, load_recipe
+from tests.helpers.tiny_data import corpus, make_processor, save_image
+
+TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8)  # fmt: skip
+VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
+TASKS, SLICES, NEW_TOKENS = ("general", "region", "suggestion"), ("regular", "corner"), 12
+CPU = torch.device("cpu")
+
+
+def write_recipe(run: Path) -> Path:
+    rows = [
+        {"name": "teacher", "model": "models.teacher"},
+        {"name": "teacher, blind", "model": "models.teacher", "blind": True},
+        {"name": "MoE student CLKD", "model": "models.moe"},
+    ]
+    sizes = {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}
+    recipe = {
+        "run": {"dir": str(run), "device": "cpu", "seed": 7},
+        "data": {"format": "chat", "root": str(run / "data"), "test_split": "test"},
+        "models": {"teacher": sizes, "moe": {"upcycle": {"source": "models.teacher"}}},
+        "targets": {"teacher": "models.teacher"},
+        "evaluation": {"rows": rows, "batch_size": 5, "max_new_tokens": NEW_TOKENS, "latency_samples": 2,
+                       "latency_repeats": 2},
+    }  # fmt: skip
+    path = run / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def write_data(root: Path) -> None:
+    """Four samples per task and slice, images of three sizes, questions of different lengths."""
+    root.mkdir()
+    for n, (width, height) in enumerate([(64, 64), (128, 64), (96, 96)]):
+        save_image(root / f"{n}.png", width, height, seed=n)
+    with (root / "test.jsonl").open("w") as file:
+        for i, sample in enumerate(corpus(root / "0.png")[:24]):
+            question = sample.prompt + " Look again." * (i % 4)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": sample.answer}]
+            record = {"id": str(i), "image": f"{i % 3}.png", "messages": turns, "task": TASKS[i % 3],
+                      "slice": SLICES[i // 3 % 2]}  # fmt: skip
+            file.write(json.dumps(record) + "\n")
+
+
+def lively(model):
+    """Weights so large that the next token depends on image, question and what was said."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "embed" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("evaluate") / "run"
+    processor = make_processor(run / "processor")
+    write_data(run / "data")
+    save_model(lively(build(ModelConfig(text=TEXT, vision=VISION), processor, 0)), processor, run / "models/teacher")
+    config = UpcycleConfig(source="models.teacher", router_noise=1.0, expert_noise=0.5)
+    upcycle(run / "models/teacher", run / "models/moe", config, seed=0)
+    write_recipe(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def shared(run):
+    return Evaluation(load_recipe(run / "recipe.yaml"))
+
+
+@pytest.fixture
+def recipe(run, tmp_path):
+    """The same models and data with a run folder of its own."""
+    for name in ("models", "processor", "data"):
+        (tmp_path / name).symlink_to(run / name)
+    return load_recipe(run / "recipe.yaml", [f"run.dir={tmp_path}"])
+
+
+def single(processor, sample, **options):
+    prompt = processor.encode_prompt(sample, **options)
+    return model_inputs(collate([prompt], processor.pad_id, processor.image_token_id, side="left"), "cpu")
+
+
+def hugging_face(model, inputs, stop_ids, new_tokens=NEW_TOKENS):
+    """Independent reference: generate() on one unpadded prompt; tokens before the first stop."""
+    stops = list(stop_ids) or None
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=0)
+    tokens = out[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens[:-1] if stops and tokens[-1] in stops else tokens
+
+
+@pytest.mark.parametrize("name", ["teacher", "moe"])
+def test_padded_batches_give_generates_tokens(shared, run, name):
+    reference, model = load_model(run / "models" / name), shared.open(f"models.{name}")
+    assert (model.config.model_type == "qwen3_vl_moe") == (name == "moe")
+    processor, samples = shared.processor, shared.samples[:8]
+    singles = [single(processor, sample) for sample in samples]
+    assert len({len(inputs["input_ids"][0]) for inputs in singles}) > 3, "nothing is padded"
+    free = [hugging_face(reference, inputs, ()) for inputs in singles]
+    assert len({tuple(row) for row in free}) > 4, "every sample says the same"
+    stops = (free[0][3], free[1][-1])  # these two prompts end early, the others at any time or never
+    expected = [hugging_face(reference, inputs, stops) for inputs in singles]
+    assert min(map(len, expected)) < NEW_TOKENS
+
+    batch = collate(
+        [processor.encode_prompt(s) for s in samples], processor.pad_id, processor.image_token_id, side="left"
+    )
+    assert greedy(model, model_inputs(batch, "cpu"), NEW_TOKENS, ()) == free
+    assert greedy(model, model_inputs(batch, "cpu"), NEW_TOKENS, stops) == expected
+
+
+def test_the_timed_loop_gives_generates_tokens(shared, run):
+    model = shared.open("models.moe")
+    for sample in shared.samples[:3]:
+        inputs = single(shared.processor, sample)
+        decoder = GreedyDecoder(model, inputs)
+        tokens = [decoder.first()]
+        while len(tokens) < NEW_TOKENS:
+            tokens.append(decoder.next(tokens[-1]))
+        assert torch.cat(tokens).tolist() == hugging_face(load_model(run / "models/moe"), inputs, ())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 37])
+def test_the_expert_loop_equals_eager(shared, tokens):
+    model = shared.open("models.moe")
+    block = next(m for m in model.modules() if hasattr(m, "experts"))
+    hidden = torch.randn(1, tokens, TEXT.hidden_size, generator=torch.Generator().manual_seed(tokens))
+    with torch.no_grad():
+        ours = block(hidden)
+        use_experts(model, "eager")
+        torch.testing.assert_close(ours, block(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_answers_belong_to_their_samples_whatever_the_batches(shared):
+    model, processor, samples = shared.open("models.teacher"), shared.processor, shared.samples
+    small = answers(model, processor, samples, batch_size=3, max_new_tokens=NEW_TOKENS)
+    assert list(small) != [s.sample_id for s in samples], "never reordered: the test shows nothing"
+    stops = (processor.eos_id, processor.pad_id)
+    for sample in samples[::5]:
+        alone = processor.decode(hugging_face(model, single(processor, sample), stops))
+        assert small[sample.sample_id] == alone
+    assert small == answers(model, processor, samples, batch_size=24, max_new_tokens=NEW_TOKENS)
+
+
+def test_blind_models_see_grey_and_nothing_else(shared):
+    model, processor = shared.open("models.teacher"), shared.processor
+    seen: list[torch.Tensor] = []
+    model.model.visual.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append([*args, *kwargs.values()][0]), with_kwargs=True
+    )
+    sample = shared.samples[0]
+    options = {"batch_size": 4, "max_new_tokens": 4}
+    sighted = answers(model, processor, [sample], **options)
+    blind = answers(model, processor, [sample], blind=True, **options)
+    image = processor.image_processor
+    grey = [(128 / 255 - mean) / std for mean, std in zip(image.image_mean, image.image_std, strict=True)]
+    channels = seen[1].view(len(seen[1]), 3, -1)  # a patch is C x (T*p*p)
+    for channel, value in enumerate(grey):
+        torch.testing.assert_close(channels[:, channel], torch.full_like(channels[:, channel], value))
+    assert seen[0].shape == seen[1].shape
+    assert seen[0].std() > 0.1
+    assert sighted != blind
+
+
+def test_the_limit_takes_the_first_ids_of_every_task_and_slice(run):
+    recipe = load_recipe(run / "recipe.yaml", ["evaluation.limit=3"])
+    every, chosen = questions(load_recipe(run / "recipe.yaml")), questions(recipe)
+    assert len(every) == 24
+    assert len(chosen) == 18
+    for task in TASKS:
+        for part in SLICES:
+            group = sorted(s.sample_id for s in every if (s.task, s.slice) == (task, part))
+            assert [s.sample_id for s in chosen if (s.task, s.slice) == (task, part)] == group[:3]
+    assert {(s.task, s.slice) for s in timed_samples(every, 6)} == {(t, p) for t in TASKS for p in SLICES}
+
+
+def test_unanswered_samples_are_left_out_and_all_of_them_refused(run, tmp_path):
+    lines = [json.loads(line) for line in (run / "data/test.jsonl").read_text().splitlines()]
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes((run / "data" / f"{n}.png").read_bytes())
+    recipe = load_recipe(run / "recipe.yaml", [f"data.root={tmp_path}"])
+    for silent, left in ((5, 19), (24, 0)):
+        for i, line in enumerate(lines[:silent]):
+            line["messages"] = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ""}]
+        (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        if left:
+            assert len(questions(recipe)) == left
+    with pytest.raises(DataError, match=r"'test': none of its 24 samples has an answer"):
+        questions(recipe)
+
+
+def test_every_timed_answer_has_the_forced_length_and_models_take_turns(shared, monkeypatch):
+    models = {name: shared.open(f"models.{name}") for name in ("teacher", "moe")}
+    calls: list[str] = []
+    for name, model in models.items():
+        model.register_forward_hook(lambda *_, name=name: calls.append(name))
+    prompts = [shared.processor.encode_prompt(s) for s in shared.samples[:3]]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(shared.processor, "eos_id", None)  # no stop token plays a part
+    timings = latency.measure(models, shared.processor, prompts, repeats=2, new_tokens=5)
+    assert {name: len(rows) for name, rows in timings.items()} == {"teacher": 6, "moe": 6}
+    rounds = [calls[4:][i : i + 10] for i in range(0, 60, 10)]  # after one answer of two tokens per model
+    teacher_first, moe_first = ["teacher"] * 5 + ["moe"] * 5, ["moe"] * 5 + ["teacher"] * 5
+    assert rounds == [teacher_first, moe_first] * 3
+    assert len(calls) == 64
+    assert torch.get_num_threads() == threads
+    for row in timings["moe"]:
+        assert row.e2e_ms == pytest.approx(row.ttft_ms + 4 * row.tpot_ms)
+
+
+def test_ratios_are_taken_pair_by_pair():
+    """A slow spell that hits one pair leaves the ratio alone; a ratio of medians or means would move."""
+    teacher = [Timing(1, 1, e) for e in (10.0, 80.0, 30.0)]
+    student = [Timing(2, 3, e) for e in (5.0, 20.0, 24.0)]  # ratios 2, 4, 1.25; of medians 1.5, of means 2.45
+    speeds = latency.summarise({"t": teacher, "s": student}, "t")
+    assert speeds["s"] == latency.Latency(ttft_ms=2, tpot_ms=3, e2e_ms=20.0, speedup=2.0)
+    assert speeds["t"].speedup == 1.0
+    assert speeds["t"].e2e_ms == 30.0
+
+
+def row(name: str, regular: float | None, corner: float | None, speedup: float = 1.0, **changes) -> Row:
+    scores = {"regular": {"rouge_l": 0.123, "n": 3}} if regular is not None else {}
+    values = {"slug": name, "model": "jobs.teacher", "blind": False, "scores": scores, "params_total": 2_500_000,
+              "params_active": 1_250_000, "ttft_ms": 12.34, "tpot_ms": 1.5, "e2e_ms": 60.0}  # fmt: skip
+    values |= {"blind_regular": None, "blind_corner": None}
+    fields = {"name": name, "regular": regular, "corner": corner, "speedup_vs_teacher": speedup}
+    return Row(**(fields | values | changes))
+
+
+def test_bars_by_hand():
+    rows = [row("teacher", 0.8, 0.5, blind_regular=0.4, blind_corner=0.3), row("sft", 0.1, 0.1, model="jobs.sft"),
+            row("clkd", 0.72, 0.55, speedup=2.5, model="jobs.clkd")]  # fmt: skip
+    measured = {bar.name: (bar.value, bar.target, bar.reached) for bar in bars(rows)}
+    assert measured == {
+        "teacher_vs_blind_regular": (2.0, 2.0, True),
+        "teacher_vs_blind_corner": (pytest.approx(0.5 / 0.3), 2.0, False),
+        "clkd_vs_teacher_regular": (pytest.approx(0.9), 0.95, False),
+        "clkd_vs_teacher_corner": (pytest.approx(1.1), 0.95, True),
+        "clkd_speedup": (2.5, 2.0, True),
+    }
+    text = results.bar_lines(bars(rows))
+    assert [line.split()[-1] for line in text.splitlines()[1:]] == ["reached", "MISSED", "MISSED", "reached", "reached"]
+
+
+def test_bars_that_cannot_be_measured_are_not_reached():
+    alone = bars([row("teacher", 0.8, None)])
+    assert [(bar.value, bar.reached) for bar in alone] == [(None, False)] * 5
+    assert "not measured" in results.bar_lines(alone)
+    zero = {b.name: b for b in bars([row("teacher", 0.8, 0.0, blind_regular=0.0, blind_corner=0.0)])}
+    assert (zero["teacher_vs_blind_regular"].value, zero["teacher_vs_blind_regular"].reached) == (None, True)
+    nothing = zero["teacher_vs_blind_corner"]
+    assert (nothing.value, nothing.reached) == (0.0, False), "0 is not twice 0, and it was measured"
+    blind_student = bars([row("teacher", 0.8, 0.8), row("other, blind", 0.1, 0.1, blind=True, model="jobs.x")])
+    assert blind_student[-1].value is None, "a blind row is no student"
+
+
+def test_the_table_is_aligned():
+    lines = results.table(
+        [row("teacher", 0.8, None), row("a longer name", 0.456, 0.1, speedup=2.0, blind_regular=0.2)]
+    ).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split() == ["a", "longer", "name", "45.6", "10.0", "20.0", "-", "12.3", "-", "1.25", "/",
+                                "2.50", "M", "12.3", "1.50", "60.0", "2.00x"]  # fmt: skip
+    assert lines[1].split()[1:3] == ["80.0", "-"]
+
+
+def test_the_stage_writes_what_it_prints(recipe, run, capsys):
+    clkd(["evaluate", str(run / "recipe.yaml"), f"run.dir={recipe.run.dir}"])
+    content = json.loads((recipe.run.dir / "results.json").read_text())
+    teacher, blind, moe = content["rows"]
+    assert [r["slug"] for r in content["rows"]] == ["teacher", "teacher_blind", "moe_student_clkd"]
+    assert [r["blind"] for r in content["rows"]] == [False, True, False]
+    assert teacher["speedup_vs_teacher"] == 1.0
+    assert (teacher["blind_regular"], teacher["blind_corner"]) == (blind["regular"], blind["corner"])
+    alone = json.loads((recipe.run.dir / "evaluation" / "moe_student_clkd_blind.json").read_text())
+    assert alone["blind"] and alone["scores"]["corner"]["mean"] == moe["blind_corner"]
+    assert all(teacher[key] == blind[key] for key in ("ttft_ms", "tpot_ms", "e2e_ms", "params_total")), "one model"
+    assert moe["params_active"] < moe["params_total"]
+    assert content["seed"] == 7
+    assert content["config"]["evaluation"]["max_new_tokens"] == NEW_TOKENS
+    assert content["machine"]["torch"] == torch.__version__
+    for line in content["rows"]:
+        record = json.loads((recipe.run.dir / "evaluation" / f"{line['slug']}.json").read_text())
+        assert record["scores"] == line["scores"]
+        assert {(s["task"], s["slice"]) for s in record["samples"]} == {(t, p) for t in TASKS for p in SLICES}
+        assert line["regular"] == pytest.approx(sum(line["scores"]["regular"][t] for t in TASKS) / 3)
+    timings = json.loads((recipe.run.dir / "evaluation/latency.json").read_text())["timings"]
+    assert {name: len(rows) for name, rows in timings.items()} == {"models.teacher": 4, "models.moe": 4}
+    printed = capsys.readouterr().out
+    assert "MoE student CLKD" in printed
+    assert "clkd_speedup" in printed
+    assert "32 forced new tokens, 2 samples x 2 repeats, 1 thread(s), expert loop of MoE models: by_expert" in printed
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Folder names of the models that were opened."""
+    names: list[str] = []
+
+    def spy(folder, *args):
+        names.append(folder.name)
+        return open_model(folder, *args)
+
+    monkeypatch.setattr(stage, "open_model", spy)
+    return names
+
+
+def test_finished_rows_are_used_again_and_only_those(recipe, opened):
+    first = evaluate(recipe)
+    assert opened == ["teacher", "teacher", "moe", "moe", "teacher", "moe"]
+    opened.clear()
+    again = evaluate(recipe)
+    assert opened == []
+    assert (again["rows"], again["bars"]) == (first["rows"], first["bars"])
+
+    (recipe.run.dir / "evaluation/teacher_blind.json").write_text('{"identity": {"wei')  # a torn file
+    assert evaluate(recipe)["rows"] == first["rows"]
+    assert opened == ["teacher"]
+    opened.clear()
+    evaluate(changed(recipe, max_new_tokens=NEW_TOKENS - 1))
+    assert opened == ["teacher", "teacher", "moe", "moe"], "timings do not depend on max_new_tokens"
+    opened.clear()
+    evaluate(changed(recipe, max_new_tokens=NEW_TOKENS - 1, limit=2))
+    assert opened == ["teacher", "teacher", "moe", "moe", "teacher", "moe"]
+
+
+def changed(recipe, **settings):
+    return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=settings)})
+
+
+def test_new_weights_are_evaluated_anew(recipe, run, opened):
+    evaluate(recipe)
+    (recipe.run.dir / "models").unlink()
+    for name in ("teacher", "moe"):
+        folder = recipe.run.dir / "models" / name
+        folder.mkdir(parents=True)
+        for path in (run / "models" / name).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+    opened.clear()
+    evaluate(recipe)
+    assert opened == [], "the same bytes elsewhere"
+    [path] = (recipe.run.dir / "models/moe").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["model.language_model.norm.weight"] *= -1
+    save_file(tensors, path, metadata={"format": "pt"})
+    evaluate(recipe)
+    assert opened == ["moe", "moe", "teacher", "moe"]
+
+
+def test_rescoring_does_not_need_the_models(recipe, opened, monkeypatch):
+    evaluate(recipe)
+    opened.clear()
+    monkeypatch.setattr(stage, "score_all", lambda records: {"regular": {"mean": 0.25}, "corner": {"mean": 0.75}})
+    assert {(r["regular"], r["corner"]) for r in evaluate(recipe)["rows"]} == {(0.25, 0.75)}
+    assert opened == []
+    assert json.loads((recipe.run.dir / "evaluation/teacher.json").read_text())["scores"]["corner"]["mean"] == 0.75
+
+
+def test_all_missing_models_are_named_before_anything_runs(run, tmp_path):
+    recipe = load_recipe(run / "recipe.yaml", [f"run.dir={tmp_path}", f"tokenizer.path={run / 'processor'}"])
+    with pytest.raises(UserError, match=r"(?s)models\.teacher: .*models\.moe: .*Nothing was evaluated"):
+        evaluate(recipe)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [([], "is empty"), (["MoE KD", "moe: kd"], "'MoE KD', 'moe: kd'"), (["a", "Latency"], "'latency'")],
+)
+def test_rows_need_distinct_file_names(run, names, message):
+    rows = json.dumps([{"name": name, "model": "models.teacher"} for name in names])
+    with pytest.raises(ConfigError, match=message):
+        evaluate(load_recipe(run / "recipe.yaml", [f"evaluation.rows={rows}"]))
+
+
+def test_stored_dtype_is_kept_off_the_cpu(run, tmp_path):
+    """Stands in for an accelerator: the dtype that a bf16 checkpoint would be loaded in there."""
+    model, processor = load_model(run / "models/teacher").to(torch.bfloat16), run / "processor"
+    save_model(model, processor, tmp_path)
+    assert generate._stored_dtype(tmp_path) == torch.bfloat16

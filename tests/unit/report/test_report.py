@@ -1,0 +1,370 @@
+"""The report of a run folder that is written by the stages' own writers, whole and with parts missing or broken."""
+
+import base64
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.benchmark.scenes import write_scenes
+from pipeline.benchmark.scoring import SLICES, TASKS, score_all
+from pipeline.cli import main as clkd
+from pipeline.data.readers import Sample, load_image, read_samples
+from pipeline.evaluation import results
+from pipeline.evaluation.results import Row
+from pipeline.method.curriculum import competence, tilt
+from pipeline.method.hardness import HardnessTable
+from pipeline.method.release import release_alpha
+from pipeline.recipe import ScenesConfig, load_recipe
+from pipeline.report import plots as report_plots
+from pipeline.report import stage as report
+from pipeline.report.data import Answer, ResultBar, verdict
+from pipeline.training.metrics import MetricsLogger
+
+STEPS = 150
+DISTILL = {"release": "cosine"}
+RECIPE = {
+    "scenes": {"train": 60, "val": 2, "test": 12, "width": 256, "height": 160, "workers": 1, "corner_share": 0.3},
+    "models": {
+        "big": {"text": {}, "vision": {}},
+        "small": {"text": {}, "vision": {}},
+        "moe": {"upcycle": {"source": "models.small"}},
+    },
+    "jobs": {
+        "teacher": {"init": "models.big", "steps": STEPS},
+        "dense_sft": {"init": "models.small", "steps": STEPS},
+        "moe_sft": {"init": "models.moe", "steps": STEPS},
+        "moe_kd": {"init": "models.moe", "steps": STEPS, "distill": {"release": "constant", "alpha_start": 0.7}},
+        "clkd": {"init": "models.moe", "steps": STEPS, "distill": DISTILL, "curriculum": {}},
+    },
+    "evaluation": {
+        "rows": [
+            {"name": "teacher", "model": "jobs.teacher"},
+            {"name": "teacher, blind", "model": "jobs.teacher", "blind": True},
+            {"name": "dense student SFT", "model": "jobs.dense_sft"},
+            {"name": "MoE student SFT", "model": "jobs.moe_sft"},
+            {"name": "MoE student vanilla KD", "model": "jobs.moe_kd"},
+            {"name": "MoE student CLKD", "model": "jobs.clkd"},
+        ]
+    },
+}
+SKILL = (0.9, 0.3, 0.72, 0.76, 0.83, 0.88)
+"""Chance that each row's model gives the gold answer."""
+
+
+def write_run(folder: Path) -> Path:
+    """A whole run folder with made-up numbers; returns its recipe."""
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"run": {"dir": str(folder / "run"), "seed": 7}, **RECIPE}))
+    recipe = load_recipe(path)
+    write_scenes(recipe.data_root, ScenesConfig.model_validate(RECIPE["scenes"]))
+    train = read_samples("coda_lm", recipe.data_root, "Train")
+    write_evaluation(recipe.run.dir, read_samples("coda_lm", recipe.data_root, "Test"))
+    write_hardness(recipe.run.dir, train)
+    for seed, name in enumerate(("dense_sft", "moe_sft", "moe_kd", "clkd")):
+        write_metrics(recipe.run.dir / "jobs" / name, name, recipe.jobs[name].distill, seed)
+    stages = {"scenes": 21.4, "tokenizer": 3.9, "train teacher": 251.0, "teacher": 33.2, "train clkd": 140.8}
+    (recipe.run.dir / "stages.json").write_text(json.dumps(stages))
+    return path
+
+
+def write_evaluation(run: Path, samples: Sequence[Sample]) -> None:
+    (run / "evaluation").mkdir(parents=True)
+    rng, rows = np.random.default_rng(0), []
+    for position, config in enumerate(RECIPE["evaluation"]["rows"]):
+        slug = re.sub(r"[^a-z]+", "_", config["name"].lower())
+        records = [
+            {
+                "sample_id": s.sample_id,
+                "task": s.task,
+                "slice": s.slice,
+                "prompt": s.prompt,
+                "gold": s.answer,
+                "prediction": s.answer if rng.random() < SKILL[position] else rng.choice(samples).answer,
+            }
+            for s in samples
+        ]
+        (run / "evaluation" / f"{slug}.json").write_text(json.dumps({"samples": records}))
+        scores = score_all(records)
+        means = (scores["regular"]["mean"], scores["corner"]["mean"], 0.12, 0.08)
+        size = (5_700_000, 5_700_000) if position < 2 else (2_400_000, 1_900_000)
+        speed = (41.0, 9.1, 322.0, 1.0) if position < 2 else (17.0, 4.2, 147.0, 2.19)
+        blind = config.get("blind", False)
+        rows.append(Row(config["name"], slug, config["model"], blind, *means, scores, *size, *speed))
+    content = {
+        "rows": [asdict(row) for row in rows],
+        "bars": [asdict(bar) for bar in results.bars(rows)],
+        "machine": {"cpu": "A processor", "cores": 2, "accelerator": None, "torch": "2.13.0"},
+        "date": "2026-11-24T10:00:00+00:00",
+        "seed": 7,
+        "latency": {"new_tokens": 32, "threads": 1, "experts_implementation": "by_expert"},
+    }
+    (run / "results.json").write_text(json.dumps(content))
+
+
+def write_hardness(run: Path, samples: Sequence[Sample]) -> None:
+    rng = np.random.default_rng(1)
+    corner = np.array([s.slice == "corner" for s in samples])
+    prior = rng.beta(2, 5, len(samples)).astype(np.float32)
+    table = HardnessTable([s.sample_id for s in samples], [s.task for s in samples], prior)
+    table.save(run / "hardness.parquet")
+    scores = np.clip(0.8 * prior - 0.1 + 0.15 * corner, 0, 1).astype(np.float32)
+    table.update(np.arange(len(samples) - 5), scores[:-5], 100, 0.7)
+    table.save(run / "jobs" / "clkd" / "hardness.parquet")
+
+
+def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    with MetricsLogger(job_dir, resume_step=0) as logger:
+        for step in range(5, STEPS + 1, 5):
+            tau = step / STEPS
+            percentile_G = np.array([0.5, 0.0, 1.0], np.float32)
+            alpha, most, least = release_alpha(tau, percentile_G, distill).tolist() if distill else (0.0, 0.0, 0.0)
+            ce = 0.9 * np.exp(-3 * tau) + 0.35 - 0.02 * seed + 0.03 * rng.random()
+            kl = 0.6 * np.exp(-2 * tau) + 0.03 * rng.random() if alpha else 0.0
+            values = {
+                "ce": ce,
+                "kl": kl,
+                "loss": (1 - alpha) * ce + alpha * kl,
+                "samples": 16 * step,
+                "alpha": alpha,
+                "alpha_min": min(most, least),
+                "alpha_max": max(most, least),
+                "targets_read": 16.0 * (alpha > 0),
+                "sample_beta": tilt(competence(tau, 0.3, 0.5), 0.3, (-1.0, 1.0)) if name == "clkd" else 0.0,
+                "competence": competence(tau, 0.3, 0.5) if name == "clkd" else 1.0,
+                "token_hardness": np.sqrt(1 - np.exp(-kl)),
+            }
+            if name != "dense_sft":
+                load = rng.dirichlet(np.full(4, 8 + 60 * tau), size=2)
+                values["expert_load"] = load.tolist()
+            logger.log(step, values)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; `stack` must end empty."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+        if tag not in self.VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, key, value or "") for key, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.stack or self.stack[-1] not in ("style",):
+            self.texts.append(data)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(whole: Path) -> Page:
+    clkd(["report", str(whole)])
+    return Page((whole.parent / "run" / "report.html").read_text())
+
+
+def rebuild(recipe: Path) -> Page:
+    return Page(report.build(load_recipe(recipe), "make demo"))
+
+
+def test_is_well_formed_and_asks_nothing_of_the_network(page: Page) -> None:
+    assert page.stack == []
+    for tag, key, value in page.attributes:
+        if key in ("src", "href", "xlink:href"):
+            assert value.startswith(("data:", "#")), (tag, key, value[:60])
+    assert not [tag for tag, _, _ in page.attributes if tag in ("script", "link", "iframe")]
+
+
+def test_ids_are_unique_and_references_resolve(page: Page) -> None:
+    ids = [value for _, key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    used = {v[1:] for _, key, v in page.attributes if key in ("href", "xlink:href") and v.startswith("#")}
+    used |= {m for _, _, v in page.attributes for m in re.findall(r"url\(#([^)]*)\)", v)}
+    assert used <= set(ids)
+    assert used
+
+
+def test_headline_and_bars_are_those_of_the_results(whole: Path, page: Page) -> None:
+    content = json.loads((whole.parent / "run" / "results.json").read_text())
+    teacher, student = content["rows"][0], content["rows"][-1]
+    assert f"{np.floor(1000 * student['corner'] / teacher['corner']) / 10:.1f}% on corner cases" in page.text
+    assert "answers 2.19 times as fast" in page.text
+    assert "2.19× the teacher’s speed" in page.text
+    assert "5.70 million" in page.text
+    assert "32 new tokens per answer; threads: 1; expert loop of Mixture-of-Experts models: by_expert" in page.text
+    for bar in content["bars"]:
+        assert ("✓ reached" if bar["reached"] else "✗ missed") in page.text
+    marks = [page.text.count(f"{mark} · bar") for mark in ("✓ reached", "✗ missed", "– not measured")]
+    assert marks == [sum(b["reached"] for b in content["bars"]), sum(not b["reached"] for b in content["bars"]), 0]
+
+
+def test_a_bar_missed_by_a_hair_does_not_read_as_reached() -> None:
+    bars = [
+        ResultBar(name="clkd_vs_teacher_corner", value=0.9496, target=0.95, reached=False),
+        ResultBar(name="clkd_speedup", value=1.999, target=2.0, reached=False),
+        ResultBar(name="clkd_vs_teacher_regular", target=0.95, reached=False),
+    ]
+    shown = [(card["figure"], card["target"], card["verdict"]) for card in report.cards(bars)]
+    assert shown == [("1.99×", "2×", "missed"), ("–", "95%", "not measured"), ("94.9%", "95%", "missed")]
+
+
+def test_frames_show_every_task_and_slice_as_the_models_see_them(whole: Path, page: Page) -> None:
+    uris = [value for tag, key, value in page.attributes if (tag, key) == ("img", "src")]
+    alts = [value for tag, key, value in page.attributes if (tag, key) == ("img", "alt")]
+    assert alts == [f"Test frame, {t}, {s}" for s in SLICES for t in TASKS]
+    samples = read_samples("coda_lm", whole.parent / "run" / "data", "Test")
+    firsts = [next(s for s in samples if (s.slice, s.task) == (part, task)) for part in SLICES for task in TASKS]
+    for uri, sample in zip(uris, firsts, strict=True):
+        shown = np.array(Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,")))), float)
+        assert np.abs(shown - np.array(load_image(sample), float)).mean() < 4
+        assert sample.prompt in page.text
+
+
+def test_all_figures_are_there(page: Page) -> None:
+    labels = [v for tag, key, v in page.attributes if (tag, key) == ("svg", "aria-label")]
+    assert len(labels) == 6
+    assert "There is no" not in page.text
+
+
+@contextmanager
+def changed(run: Path, files: Mapping[str, str | None]) -> Iterator[None]:
+    """Other contents in a run folder for a while; None takes a file or folder away."""
+    hidden = {run / name: run / f"hidden{i}" for i, name in enumerate(files)}
+    for (path, aside), content in zip(hidden.items(), files.values(), strict=True):
+        path.rename(aside)
+        if content is not None:
+            path.write_text(content)
+    try:
+        yield
+    finally:
+        for path, aside in reversed(hidden.items()):
+            path.unlink(missing_ok=True)
+            aside.rename(path)
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        {
+            "results.json": "There is no results.json",
+            "stages.json": "There is no stages.json",
+            "data/CODA-LM/Train": "the training data cannot be read",
+        },
+        {"evaluation/teacher.json": "There is no teacher.json", "jobs": "No student has logged metrics"},
+        {"jobs/clkd/hardness.parquet": "No job has updated the table", "data/CODA-LM/Test": "test data cannot be read"},
+        {"hardness.parquet": "There is no hardness table"},
+    ],
+)
+def test_what_is_missing_is_said(whole: Path, sentences: dict[str, str]) -> None:
+    with changed(whole.parent / "run", dict.fromkeys(sentences)):
+        text = rebuild(whole).text
+    assert [sentence for sentence in sentences.values() if sentence not in text] == []
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {
+            "results.json": ("{", "results.json cannot be read"),
+            "stages.json": ("{}", "No stage has recorded"),
+            "hardness.parquet": ("no parquet", "The hardness table hardness.parquet cannot be read"),
+        },
+        {"results.json": ('{"rows": [{"name": "teacher"}]}', "is not a result table: rows.0.slug")},
+        {"results.json": ("[]", "does not hold a JSON object")},
+        {
+            "evaluation/teacher.json": ('{"samples": [{"sample_id": "a"}]}', "teacher.json is broken"),
+            "jobs/clkd/metrics.jsonl": ('{"step": 5, "loss": 1.0}\n{"step": 10, "lo', "Training of the students"),
+        },
+        {
+            "evaluation/teacher.json": ('{"samples": []}', "the answers belong to other data"),
+            "jobs/clkd/metrics.jsonl": ('{"step": 5, "loss": NaN, "expert_load": [[1], [2, 3]]}\n', "cannot be drawn"),
+        },
+    ],
+)
+def test_what_is_broken_is_said(whole: Path, broken: dict[str, tuple[str, str]]) -> None:
+    with changed(whole.parent / "run", {name: content for name, (content, _) in broken.items()}):
+        text = rebuild(whole).text
+    assert [sentence for _, sentence in broken.values() if sentence not in text] == []
+
+
+def test_an_empty_run_still_gives_a_page(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")}, **RECIPE}))
+    clkd(["report", str(path)])
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "the evaluation has not been run" in page.text
+    assert "How it was made" in page.text
+
+
+def test_answers_are_text_and_never_markup(whole: Path) -> None:
+    name = "evaluation/moe_student_clkd.json"
+    content = json.loads((whole.parent / "run" / name).read_text())
+    for record in content["samples"]:
+        record["prediction"] = "<script>alert(1)</script> & more"
+    with changed(whole.parent / "run", {name: json.dumps(content)}):
+        page = rebuild(whole)
+    assert page.text.count("<script>alert(1)</script> & more") == 6
+    assert not [tag for tag, _, _ in page.attributes if tag == "script"]
+
+
+@pytest.mark.parametrize(
+    ("task", "gold", "prediction", "mark", "label", "notes"),
+    [
+        ("general", "a car and a bus", "a car, a truck", "part", "F1 0.50", ("left out: bus", "made up: truck")),
+        ("general", "a car and a bus", "a bus. a car.", "good", "correct", ()),
+        ("region", "a fallen tree far ahead", "a bus near ahead", "bad", "wrong", ()),
+        ("suggestion", "keep speed, because x", "keep speed", "good", "correct", ()),
+        ("chat", "one two three four", "one two", "part", "ROUGE-L 0.67", ()),
+    ],
+)
+def test_verdicts(task: str, gold: str, prediction: str, mark: str, label: str, notes: tuple[str, ...]) -> None:
+    answer = Answer(sample_id="a", task=task, prompt="?", gold=gold, prediction=prediction)
+    found = verdict("student", answer)
+    assert (found.mark, found.label, found.notes) == (mark, label, notes)
+
+
+def test_running_mean_equals_a_plain_loop() -> None:
+    values = np.random.default_rng(0).random(23)
+    plain = [values[max(0, i - 3) : i + 4].mean() for i in range(23)]
+    np.testing.assert_allclose(report_plots._running_mean(values, 3), plain)
+
+
+def test_kl_is_not_drawn_where_the_teacher_is_released() -> None:
+    rows = [{"step": 1, "alpha": 0.5, "kl": 2.0}, {"step": 2, "alpha": 0.0, "kl": 0.0}, {"step": 3, "alpha": 0.1}]
+    steps, values = report_plots.JobCurves("a", "red", rows).series("kl", distilling=True)
+    assert steps.tolist() == [1.0]
+    assert values.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.26, "8.3 s"), (59.97, "1 min 0 s"), (125.2, "2 min 5 s"), (3780, "1 h 3 min")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert report_plots.duration(seconds) == text

@@ -1,0 +1,65 @@
+"""Every shipped DeepSpeed configuration: complete on paper, and trained with as it is in the file."""
+
+import json
+import math
+
+import pytest
+
+from pipeline.cli import main as clkd
+from pipeline.errors import ConfigError
+from pipeline.models import moe
+from tests.helpers import tiny
+from tests.helpers.paths import ROOT
+
+FOLDER = ROOT / "ds_configs"
+CONFIGS = sorted(FOLDER.glob("*.json"))
+RECIPE_OWNS = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler",
+}  # fmt: skip
+TRAINED_ELSEWHERE = {
+    "cpu_smoke": "ranks/test_train.py", "dense": "ranks/test_train.py", "zero2_ep": "unit/training/test_checkpoint.py",
+}  # fmt: skip
+
+
+def test_the_promised_configurations_are_there():
+    assert {p.stem for p in CONFIGS} >= {"cpu_smoke", "zero1_ep", "zero2_ep", "zero3_ep"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_file_leaves_to_the_recipe_what_the_recipe_owns(path):
+    raw = json.loads(path.read_text())
+    assert not RECIPE_OWNS & raw.keys()
+    config = moe.prepare_deepspeed_config(raw, tiny.job(), tiny.moe_model().config, world_size=2)
+    assert config.keys() >= RECIPE_OWNS - {"scheduler"}
+    if path.stem.startswith("zero"):
+        assert f"zero{config['zero_optimization']['stage']}_ep" == path.stem
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "must hold a JSON object, got list")])
+def test_a_broken_file_is_refused_by_name(tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_text(content)
+    recipe = FOLDER.parent / "pipeline" / "recipes" / "demo.yaml"
+    with pytest.raises(ConfigError, match=rf"broken\.json: {message}"):
+        clkd(["train", str(recipe), "--deepspeed_config", str(path), "job=clkd", f"run.dir={tmp_path}"])
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.json"]
+
+
+@pytest.mark.parametrize(("stem", "test"), TRAINED_ELSEWHERE.items())
+def test_other_tests_train_with_the_rest(stem, test):
+    assert stem in (ROOT / "tests" / test).read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem not in TRAINED_ELSEWHERE], ids=lambda p: p.stem)
+def test_two_ranks_train_with_the_file_as_it_is(path, tmp_path):
+    """bf16, overlapped communication and all: the losses are finite and the model moves."""
+    before = {name: p.detach().clone() for name, p in tiny.moe_model().named_parameters()}
+    recorded, after = tiny.launch(tmp_path, 2, deepspeed=str(path), job={"grad_clip": 1.0}, steps=2)
+    assert recorded["converted"] == 2
+    assert all(math.isfinite(loss) and norm > 0 for loss, norm, _ in recorded["history"])
+    assert after.keys() == before.keys()
+    moved = {name for name in before if float((after[name].float() - before[name]).abs().max()) > 1e-3}
+    assert any(".experts." in name for name in moved)
+    assert any(".visual." in name for name in moved)
