@@ -32,7 +32,7 @@ reproduce: install
 
 # Settings are chosen with SPLIT=val; the test split is scored once per row and seed.
 ablation: install
-	$(PY) -m tools.ablation.run --config pipeline/recipes/ablation.yaml --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
+	$(PY) -m tools.ablation.run ablation --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
 
 test: check
 

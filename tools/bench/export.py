@@ -89,7 +89,7 @@ def measure(gib: float, dtype: str) -> dict[str, float]:
         for layers in (1, max(2, round(gib * 2**30 / layer_bytes))):
             root, out = Path(scratch) / f"checkpoints{layers}", Path(scratch) / f"out{layers}"
             folder = make_checkpoint(root, layers, dtype)
-            peaks.append(peak_of([sys.executable, "-m", "pipeline", "export", str(folder), str(out)]))
+            peaks.append(peak_of([sys.executable, "-m", "pipeline", "export", str(folder), "--out", str(out)]))
             sizes.append(sum(path.stat().st_size for path in out.glob("*.safetensors")))
     small, large = peaks
     return {

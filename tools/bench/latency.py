@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench.latency", description=__doc__)
     parser.add_argument("--json", type=Path, required=True, help="file that receives the figures")
-    arguments = parse_args("bench_latency", argv, parser)
+    arguments = parse_args("bench.latency", argv, parser)
     figures = bench(Evaluation(arguments.recipe))
     arguments.options.json.write_text(json.dumps(figures, indent=1) + "\n")
     for name, value in figures.items():

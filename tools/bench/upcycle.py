@@ -78,7 +78,7 @@ def run(gigabytes: float, hidden: int, vocab: int, folder: Path, options: list[s
     make_dense(dense, gigabytes, hidden, vocab)
     python = sys.executable
     idle = peak_of([python, "-c", "import pipeline.models.student"])
-    whole = peak_of([python, "-m", "pipeline", "student", "upcycle", str(dense), str(moe), *options])
+    whole = peak_of([python, "-m", "pipeline", "upcycle", str(dense), str(moe), *options])
     peak = whole.held - idle.held
     largest, size = largest_tensor(moe), folder_bytes(moe)
     return {
