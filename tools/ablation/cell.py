@@ -33,7 +33,7 @@ from pipeline.hardness.view import corner_shares
 from pipeline.method.hardness import HardnessTable
 from pipeline.models.loading import compute_device, parameter_counts
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.training import loop as train
+from pipeline.training.stage import finished
 
 JOB = "student"
 Json = dict[str, Any]
@@ -42,7 +42,7 @@ Json = dict[str, Any]
 def trained(recipe: Recipe, folder: Path, ds_config: Path) -> int:
     """Train the cell's student if need be; train's exit status."""
     job = recipe.jobs[JOB]
-    if train.finished(recipe, JOB, job):
+    if finished(recipe, JOB, job):
         return 0
     args = [str(folder / "recipe.yaml")]
     kind, _, name = job.init.partition(".")
