@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.data.readers import Sample, load_image
+from pipeline.data.sample import Sample, load_image
 from pipeline.data.special_tokens import (
     END_OF_TEXT,
     IMAGE_PAD,

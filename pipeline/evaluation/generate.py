@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.data.processor import Batch, Encoded, Processor, collate
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.models import experts
 from pipeline.models.compatibility import check_compatible
 from pipeline.models.loading import load_model

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from pipeline.benchmark.word_alignment import CellWords, VisionProbe
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples, require_answers
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import require_answers
 from pipeline.errors import UserError
 from pipeline.export import stage as export
 from pipeline.files import differences, listed
