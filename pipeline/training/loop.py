@@ -29,7 +29,7 @@ from pipeline.method.fused_head import FusedHead
 from pipeline.method.plan import WindowPlan
 from pipeline.method.release import ClosingGap
 from pipeline.method.schedules import Schedules
-from pipeline.models import checkpoint_folder, compatibility, loading, moe
+from pipeline.models import checkpoint_folder, compatibility, loading, router
 from pipeline.models.families import moe_layers
 from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.training import checkpoint, engine
@@ -60,7 +60,7 @@ class Trainer:
         model_config = self.engine.module.config
         has_experts = bool(moe_layers(model_config))
         self.head = FusedHead(self.engine.module)
-        self.probe = moe.RouterProbe(self.engine.module) if has_experts else None
+        self.probe = router.RouterProbe(self.engine.module) if has_experts else None
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
         self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
         self.cells = CellWords(self.processor) if job.vision_words > 0 else None
@@ -86,7 +86,7 @@ class Trainer:
         compatibility.check_compatible(model, self.processor)
         compatibility.check_own_files(folder, self.processor, self.recipe.data)
         if self.job.activation_checkpointing:
-            moe.enable_activation_checkpointing(model)
+            loading.enable_activation_checkpointing(model)
         loading.freeze(model, self.job.trainable)
         wanted = self.job.distill.active_features if self.job.distill else None
         if wanted is not None and self.distillation is not None and self.distillation.sketches is not None:
