@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import Batch, Processor, collate
+from pipeline.data.collate import Batch, collate
+from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample, require_answers
 from pipeline.errors import ConfigError

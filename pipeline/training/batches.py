@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.benchmark.word_alignment import CellWords
-from pipeline.data.processor import Encoded, Processor, collate
+from pipeline.data.collate import Encoded, collate
+from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.data.shipping import loaded
 from pipeline.errors import StoreError
