@@ -6,6 +6,8 @@ from typing import NoReturn
 
 EXIT_USER_ERROR = 2
 EXIT_LOST_CONTACT = 75
+EXIT_CHECKPOINTED = 85
+"""A signal came, and the job wrote a checkpoint: start it again to go on."""
 EXIT_INTERRUPTED = 130
 
 

@@ -25,7 +25,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.data.readers import Sample, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample
 from pipeline.data.special_tokens import END_OF_TEXT, MESSAGE_END, SPECIAL_TOKENS
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import differences, listed

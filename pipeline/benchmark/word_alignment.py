@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import DataError
 
 MARKED = "rectangle"

@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import chain
-from pipeline.errors import EXIT_LOST_CONTACT, EXIT_USER_ERROR, UserError
+from pipeline.errors import EXIT_CHECKPOINTED, EXIT_LOST_CONTACT, EXIT_USER_ERROR, UserError
 from pipeline.recipe import Recipe
 
-EXIT_CHECKPOINTED = 85
-"""As in `pipeline.training.loop`, which is slow to import."""
 CRASHED = 1
-"""Status of a Python traceback: running it again would end in the same."""
+"""Status of a Python traceback: running the job again would end in the same error."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 ENDED = {
     "TIMEOUT": ": its time limit ran out before a checkpoint was written; give it more --time, or --signal=B:USR1@600",
@@ -68,7 +66,7 @@ def end(recipe: Recipe, name: str, job_state: str) -> str:
         name: of the stage.
         job_state: Slurm's word for this job now; anything but RUNNING means that Slurm has decided already.
     """
-    # Not the stage's: a second job of the stage, refused because of this one, has written there too.
+    # This start's own state file. The stage's may be of a second job, which was refused because of this one.
     state = chain.read_state(recipe.run.dir, f"{name}/{_attempt()}/state")
     logs = Path(state["logs"])
     statuses = [_status(logs / f"rank-{rank}.status") for rank in range(state["ranks"])]
@@ -92,14 +90,17 @@ def end(recipe: Recipe, name: str, job_state: str) -> str:
     state |= {"state": outcome, "ended": time.time(), "error": error, "crashes": crashes, "progress": progress}
     try:
         chain.write_state(recipe.run.dir, name, state)
-    except OSError as problem:  # the folder is full or read-only: the outcome counts all the same
+    except OSError as problem:  # the disk is full or read-only; the script still needs the outcome
         print(f"{name}: its state could not be written down: {problem}", file=sys.stderr)
     return outcome
 
 
 def _attempt() -> str:
-    """This start of this job."""
+    """Name of this start of this job: its id and how often Slurm has restarted it."""
     return f"{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+# -- environment and code ----------------------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, Any]:
@@ -128,21 +129,24 @@ def _version(package: str) -> str:
 
 
 def _free_port() -> int:
-    """A port that nobody listens at on this node, which is rank 0's."""
+    """A port that is free on this node, where rank 0 runs."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
 
 
+# -- how the ranks ended -----------------------------------------------------------------------------------------------
+
+
 def _fingerprint(recipe: Recipe, name: str) -> str:
-    """Of the stage as `pipeline.cluster.chain` knows it."""
+    """Digest of the stage's settings, see `ClusterStage.fingerprint`; empty when the chain has no such stage."""
     workers = int(os.environ.get("WORKERS") or os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
     found = [stage.fingerprint for stage in chain.chain(recipe, workers=workers) if name in stage.state_names()]
     return found[0] if found else ""
 
 
 def _progress(recipe: Recipe, name: str) -> str:
-    """What a restart would go on from: a crash after a new checkpoint counts as the first one again."""
+    """The checkpoint that a restart would go on from. Crashes are counted anew once there is a newer one."""
     if not name.startswith("train-"):
         return ""
     pointer = recipe.job_dir(name.removeprefix("train-")) / "checkpoints" / "latest"
@@ -158,7 +162,7 @@ def _status(path: Path) -> int | None:
 
 
 def _error(logs: Path, statuses: list[int | None]) -> str:
-    """Who was killed, and the last words of the rank that failed first by its own doing."""
+    """Which ranks were killed, and the last error of a rank that failed by itself."""
     killed = [f"rank {rank}" for rank, status in enumerate(statuses) if status is None or status > 128]
     speakers = [rank for code in (EXIT_USER_ERROR, CRASHED, EXIT_LOST_CONTACT) for rank in _with(statuses, code)]
     said = next((f"rank {rank}: {text}" for rank in speakers if (text := last_error(logs / f"rank-{rank}.log"))), "")

@@ -30,7 +30,7 @@ from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.errors import ConfigError, UserError
 from pipeline.files import write_json
-from pipeline.models import families, loading, moe, topology, upcycling
+from pipeline.models import deepspeed_config, families, loading, topology, upcycling
 from pipeline.models.cost import flops, footprint
 from pipeline.models.cost.activations import Kept, Load, Settings, TextShape, VisionShape, activations
 from pipeline.models.cost.footprint import Spread, State
@@ -143,7 +143,7 @@ def make_plan(
     """
     config = model.config
     freeze(model, job.trainable)
-    spread = Spread.from_deepspeed(moe.prepare_deepspeed_config(ds_json, job, config, ranks), ranks)
+    spread = Spread.from_deepspeed(deepspeed_config.complete(ds_json, job, config, ranks), ranks)
     if job.moe_layer == "native" and families.moe_layers(config):  # has no block of AutoEP left
         spread = replace(spread, expert_parallel=topology.expert_parallel_size(ds_json), experts_apart=True)
     weights = footprint.local_weights(model.named_parameters(), spread)

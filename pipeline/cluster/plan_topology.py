@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from pipeline.errors import EXIT_USER_ERROR, ConfigError
-from pipeline.models import families, moe
+from pipeline.models import deepspeed_config, families
 from pipeline.models.topology import Topology, accumulation_steps, expert_parallel_size
 from pipeline.recipe import JobConfig
 
@@ -66,7 +66,7 @@ def show_topology(
     refused = False
     for ranks in options.gpus:
         try:
-            moe.prepare_deepspeed_config(ds_json, job, config, ranks)
+            deepspeed_config.complete(ds_json, job, config, ranks)
             topology = Topology(ranks, options.gpus_per_node, expert_parallel_size(ds_json) if experts else 1)
             print("\n".join(describe(topology, experts, accumulation_steps(job, ranks))))
         except ConfigError as error:

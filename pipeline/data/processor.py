@@ -5,20 +5,19 @@ with the PIL image processor, so that a machine with torchvision computes the sa
 Shapes: B samples, S sequence, P patches of all images, n images; C*T*p*p values per patch.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.data.readers import Sample, load_image
+from pipeline.data import processor_folder
+from pipeline.data.collate import IGNORED, Encoded
+from pipeline.data.sample import Sample, load_image
 from pipeline.data.special_tokens import (
     END_OF_TEXT,
     IMAGE_PAD,
@@ -28,43 +27,11 @@ from pipeline.data.special_tokens import (
     VISION_END,
     VISION_START,
 )
-from pipeline.errors import DataError, UserError
+from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
-IGNORED = -100
-"""Label of every position outside the answer."""
 GREY = (128, 128, 128)
 """Colour of a blanked image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """One sample as tensors. Labels are not shifted: logits row t predicts label t + 1."""
-
-    sample_id: str
-    input_ids: Tensor
-    """i64[S]"""
-    labels: Tensor
-    """i64[S]: the answer and its <|im_end|>, -100 elsewhere."""
-    pixel_values: Tensor
-    """f32[P, C*T*p*p]"""
-    image_grid_thw: Tensor
-    """i64[n, 3]: frames, rows and columns of patches per image."""
-    cut_tokens: int = 0
-    """Answer tokens dropped to fit `data.max_length`, <|im_end|> among them."""
-
-
-class Batch(TypedDict):
-    """Padded samples under the names of Qwen3-VL's forward, plus their ids."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    mm_token_type_ids: Tensor
-    pixel_values: Tensor
-    image_grid_thw: Tensor
-    sample_ids: list[str]
-    cut_tokens: int
 
 
 class Processor:
@@ -79,7 +46,7 @@ class Processor:
         cuts_answers: bool = False,
     ) -> None:
         """Wrap parts loaded from the folder `origin`. Raises UserError as `load` does."""
-        _check_tokenizer(tokenizer, origin)
+        processor_folder.check_tokenizer(tokenizer, origin)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length, self.cuts_answers = max_length, cuts_answers
@@ -104,21 +71,7 @@ class Processor:
                 tokens.
         """
         path = Path(path)
-        if not (path / "preprocessor_config.json").is_file():
-            raise UserError(
-                f"{path}: no preprocessor_config.json there. Run `clkd tokenizer "
-                "--config RECIPE.yaml`, or let tokenizer.path name a Qwen3-VL checkpoint folder."
-            )
-        bounds: dict[str, Any] = {
-            "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},
-            "min_pixels": data.min_pixels,  # what older files call them; there they would win over `size`
-            "max_pixels": data.max_pixels,
-        }
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
+        tokenizer, image_processor = processor_folder.read(path, data)
         return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut")
 
     def encode(self, sample: Sample, *, blind: bool = False) -> Encoded:
@@ -178,15 +131,9 @@ class Processor:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def identity(self) -> dict[str, str]:
-        """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
-        images = {key: value for key, value in self.image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
+        """sha256 of all that changes an encoding, and the length at which answers are cut, if they are."""
         length = {"max_length": str(self.max_length)} if self.cuts_answers else {}
-        return {
-            **length,
-            "tokenizer": _sha256(self.tokenizer.backend_tokenizer.to_str()),
-            "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
-            "chat_template": _sha256(str(self.tokenizer.chat_template)),
-        }
+        return {**length, **processor_folder.identity(self.tokenizer, self.image_processor)}
 
     def _prompt_ids(self, sample: Sample) -> list[int]:
         """Token ids of the rendered chat, one placeholder per image."""
@@ -219,57 +166,6 @@ class Processor:
             )
 
 
-_UNSTABLE_KEYS = (
-    "image_processor_type",
-    "processor_class",
-    "_processor_class",
-    "transformers_version",
-    "device",
-)
-"""Settings that name classes or versions and change no pixel."""
-
-
-def collate(
-    encoded: Sequence[Encoded], pad_id: int, image_token_id: int, *, side: Literal["left", "right"] = "right"
-) -> Batch:
-    """Pad to the longest sample: right for training, left for generation.
-
-    Returns:
-        input_ids, attention_mask, labels, mm_token_type_ids (1 at image tokens): i64[B, S];
-        pixel_values f32[P, C*T*p*p] and image_grid_thw i64[n, 3] of all samples, in order.
-    """
-    input_ids = _pad([e.input_ids for e in encoded], pad_id, side)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=_pad([torch.ones_like(e.input_ids) for e in encoded], 0, side),
-        labels=_pad([e.labels for e in encoded], IGNORED, side),
-        mm_token_type_ids=(input_ids == image_token_id).long(),
-        pixel_values=torch.cat([e.pixel_values for e in encoded]),
-        image_grid_thw=torch.cat([e.image_grid_thw for e in encoded]),
-        sample_ids=[e.sample_id for e in encoded],
-        cut_tokens=sum(e.cut_tokens for e in encoded),
-    )
-
-
-def _pad(rows: Sequence[Tensor], value: int, side: Literal["left", "right"]) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=side)
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in SPECIAL_TOKENS if token not in vocab]
-    if missing:
-        raise UserError(
-            f"{origin}: its tokenizer lacks {', '.join(missing)}. The pipeline needs one of Qwen's VL "
-            "family, or one made by `clkd tokenizer`."
-        )
-    split = [token for token in SPECIAL_TOKENS if len(tokenizer.encode(token, add_special_tokens=False)) != 1]
-    if split:
-        raise UserError(f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens.")
-    if not tokenizer.chat_template:
-        raise UserError(f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json).")
-
-
 def _check_text(sample: Sample, name: str, text: str) -> None:
     found = [token for token in SPECIAL_TOKENS if token in text]
     if found:
@@ -277,7 +173,3 @@ def _check_text(sample: Sample, name: str, text: str) -> None:
             f"sample {sample.sample_id}: its {name} contains the special token(s) {', '.join(found)}, which "
             "would be read as structure. Remove them from the data."
         )
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

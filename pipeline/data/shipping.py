@@ -1,7 +1,7 @@
 """From a DataLoader's worker to the process that trains: all tensors of a batch as one block of shared memory.
 
-torch opens a connection for every tensor that it hands from one process to another, which takes far longer than the
-copying of a micro-batch's dozen and more tensors.
+torch opens a connection for every tensor that it hands from one process to another. A micro-batch has a dozen and more
+tensors, and for those that takes far longer than copying them into one block.
 """
 
 import io

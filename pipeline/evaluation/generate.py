@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeline.data.processor import Batch, Encoded, Processor, collate
-from pipeline.data.readers import Sample
+from pipeline.data.collate import Batch, Encoded, collate
+from pipeline.data.processor import Processor
+from pipeline.data.sample import Sample
 from pipeline.models import experts
 from pipeline.models.compatibility import check_compatible
 from pipeline.models.loading import load_model

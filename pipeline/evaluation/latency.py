@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import Encoded, Processor, collate
+from pipeline.data.collate import Encoded, collate
+from pipeline.data.processor import Processor
 from pipeline.evaluation.generate import GreedyDecoder, model_inputs
 
 NEW_TOKENS = 32

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import Processor, collate
-from pipeline.data.readers import Sample
+from pipeline.data.collate import collate
+from pipeline.data.processor import Processor
+from pipeline.data.sample import Sample
 from pipeline.evaluation.generate import model_inputs
 from pipeline.method.losses import IGNORE, cross_entropy_per_token
 

@@ -23,7 +23,8 @@ from transformers import PreTrainedModel
 
 from pipeline.benchmark.scoring import score_all
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample
 from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.evaluation import latency, results
 from pipeline.evaluation.generate import answers, open_model

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.report.data import data_uri
 from pipeline.targets.sketches import CELLS
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.evaluation.generate import use_experts
 from pipeline.files import weights_hash

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.files import replacing, write_text
 from pipeline.hardness.scores import Scorer, matching_layer, open_student, scoring_identity

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample
 from pipeline.hardness import page as hardness_page
 from pipeline.hardness.page import Card, Group
 from pipeline.hardness.scores import Scorer, Visit

@@ -1,6 +1,6 @@
-"""All schedules of a job by optimizer step. Each is a function of the samples seen, as a share of the job's budget.
+"""All schedules of a job by optimizer step. Each is a function of the samples seen, as a share of the job's samples.
 
-So a job with another batch size and the same budget, or on another number of ranks, follows the same curves.
+So a job with another batch size and as many samples in all, or on another number of ranks, follows the same curves.
 """
 
 import math
@@ -11,7 +11,7 @@ from pipeline.recipe import CurriculumConfig, JobConfig
 
 
 class Schedules:
-    """Competence, tilts and alpha of one job."""
+    """Learning rate, competence, tilts and alpha of one job."""
 
     def __init__(self, job: JobConfig) -> None:
         self._job, self._sampling = job, job.curriculum or CurriculumConfig()
@@ -23,6 +23,14 @@ class Schedules:
     def tau(self, step: int) -> float:
         """Share of training done before this step, in samples."""
         return self.samples(step) / self.samples(self._job.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine from the peak to `min_lr_share` of it; by the share done after this step."""
+        job, tau = self._job, (step + 1) / self._job.steps
+        if tau <= job.warmup_share:
+            return job.lr * tau / job.warmup_share
+        decay = (tau - job.warmup_share) / max(1.0 - job.warmup_share, 1e-9)
+        return job.lr * (job.min_lr_share + (1 - job.min_lr_share) * 0.5 * (1 + math.cos(math.pi * decay)))
 
     def competence(self, step: int) -> float:
         """Share of samples eligible; a sampler's window keeps that of its first step."""

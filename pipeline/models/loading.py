@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from pipeline.data.processor import Processor
 from pipeline.errors import UserError
@@ -137,6 +135,11 @@ def freeze(model: PreTrainedModel, trainable: str) -> None:
     for name, parameter in model.named_parameters():
         in_decoder = ".visual." not in name
         parameter.requires_grad_(trainable == "all" or (in_decoder and (trainable == "language" or ".mlp." in name)))
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute decoder layers in backward; non-reentrant, so that losses on router logits are kept."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def parameter_counts(model: PreTrainedModel) -> tuple[int, int]:

@@ -14,7 +14,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.benchmark.scoring import SLICES, TASKS, mentions, score_answer
-from pipeline.data.readers import Sample, load_image, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample, load_image
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import xxhash
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.files import weights_hash
 from pipeline.recipe import Recipe

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample
 from pipeline.errors import ConfigError, UserError
 from pipeline.recipe import Recipe
 from pipeline.targets.container.folders import folder_at

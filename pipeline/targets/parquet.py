@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import StoreError
 from pipeline.files import replacing
 from pipeline.targets.store import SoftTargetStore, columns_of, features

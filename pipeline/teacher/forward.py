@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import IGNORED, Batch
+from pipeline.data.collate import IGNORED, Batch
 from pipeline.errors import StoreError
 from pipeline.method.features import HiddenStates, find_places, gather
 from pipeline.recipe import SketchConfig, TargetsConfig

@@ -21,8 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import Batch, Processor, collate
-from pipeline.data.readers import Sample, read_samples, require_answers
+from pipeline.data.collate import Batch, collate
+from pipeline.data.processor import Processor
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample, require_answers
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.models.compatibility import check_compatible, check_own_files

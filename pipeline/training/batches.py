@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.benchmark.word_alignment import CellWords
-from pipeline.data.processor import Encoded, Processor, collate
-from pipeline.data.readers import Sample
+from pipeline.data.collate import Encoded, collate
+from pipeline.data.processor import Processor
+from pipeline.data.sample import Sample
 from pipeline.data.shipping import loaded
 from pipeline.errors import StoreError
 from pipeline.method.features import FeatureTargets, find_places, join_sketches

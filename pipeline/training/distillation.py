@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.method.hardness import HardnessTable
 from pipeline.method.losses import WeightNormaliser

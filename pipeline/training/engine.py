@@ -18,7 +18,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor
 
-from pipeline.models import moe, native_moe, topology
+from pipeline.models import deepspeed_config, moe, native_moe, topology
 from pipeline.models.families import moe_layers
 from pipeline.recipe import JobConfig
 
@@ -32,9 +32,9 @@ def start(model: Any, job: JobConfig, ds_json: Mapping[str, Any]) -> Any:
         ds_json: the parsed DeepSpeed JSON; not modified.
 
     Raises:
-        ConfigError: see `moe.prepare_deepspeed_config`, or layers were not converted.
+        ConfigError: see `deepspeed_config.complete`, or layers were not converted.
     """
-    config = moe.prepare_deepspeed_config(ds_json, job, model.config, dist.get_world_size())
+    config = deepspeed_config.complete(ds_json, job, model.config, dist.get_world_size())
     if job.moe_layer == "native" and moe_layers(model.config):
         size = topology.expert_parallel_size(ds_json)
         native_moe.convert(model, moe.block_paths(model.config), job.native_moe, size, dist.get_rank())

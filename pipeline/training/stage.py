@@ -16,8 +16,10 @@ from pipeline.export import stage as export
 from pipeline.models import checkpoint_folder
 from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import JobConfig, Recipe
-from pipeline.training.loop import Trainer, refuse_other_settings, settings
+from pipeline.training.job_settings import refuse_other_settings, settings
+from pipeline.training.loop import train
 from pipeline.training.process import StopFlag, contact, only_one, start_distributed
+from pipeline.training.setup import set_up
 
 
 def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
@@ -42,4 +44,4 @@ def main(recipe: Recipe, options: argparse.Namespace) -> int:
     start_distributed()
     torch.manual_seed(recipe.run.seed)
     with only_one(recipe.job_dir(name), dist.get_rank()), contact():
-        return Trainer(recipe, name, job, ds_json, stop).run()
+        return train(set_up(recipe, name, job, ds_json), stop)

@@ -22,7 +22,7 @@ from pipeline.method.features import SETTING, HiddenStates, gather, mapped
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
 from pipeline.method.losses import DistillationTerms, FeatureTerms
 from pipeline.method.pooling import instance_scores
-from pipeline.models import moe
+from pipeline.models import router
 from pipeline.recipe import FeatureConfig, JobConfig
 from pipeline.training.batches import MicroBatch
 
@@ -73,7 +73,7 @@ class StepContext:
 
     engine: Any
     head: FusedHead
-    probe: moe.RouterProbe | None
+    probe: router.RouterProbe | None
     """None for a dense model."""
     top_k: int
     """Experts per token."""
@@ -251,7 +251,7 @@ def router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, sta
     Fractions are counted over all ranks of this micro-step; micro-steps are averaged.
     """
     valid_T = mask_BS.flatten().bool()
-    load_LE = torch.stack([moe.expert_counts(x_TE, context.top_k, valid_T) for x_TE in logits])
+    load_LE = torch.stack([router.expert_counts(x_TE, context.top_k, valid_T) for x_TE in logits])
     packed = torch.cat([load_LE.flatten().double(), valid_T.sum().double()[None]])
     dist.all_reduce(packed)
     load_LE, num_valid = packed[:-1].view_as(load_LE), float(packed[-1])

@@ -1,11 +1,40 @@
-"""What a training step's sums say per token, per sample and per MoE layer: the values that are logged."""
+"""The values that are logged of a training step: its place in the schedules, and means of what it summed.
+
+Shapes: G samples of a global batch, L MoE layers, E experts.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from pipeline.method.release import ClosingGap, Floats
+from pipeline.method.schedules import Schedules
+from pipeline.recipe import JobConfig
 from pipeline.training.step import StepStats
+
+
+def scheduled(
+    job: JobConfig, schedules: Schedules, step: int, percentile_G: Floats, gap: ClosingGap | None
+) -> dict[str, Any]:
+    """Where a step stands: samples seen after it, competence, tilt, the range of alpha over its global batch.
+
+    Args:
+        step: steps done before it.
+        percentile_G: hardness percentiles of the global batch.
+        gap: what an adaptive release follows; None without distillation.
+    """
+    alpha_G = schedules.alpha(step, percentile_G, gap)
+    values: dict[str, Any] = {
+        "samples": schedules.samples(step + 1),
+        "competence": schedules.competence(step) if job.curriculum else 1.0,
+        "sample_beta": schedules.sample_beta(step),
+        "alpha_min": float(alpha_G.min()),
+        "alpha_max": float(alpha_G.max()),
+    }
+    if gap is not None and gap.gap is not None:
+        values |= {"gap": gap.gap, "gap_left": gap.left}
+    return values
 
 
 def per_token(stats: StepStats, waited: float, seconds: float) -> dict[str, Any]:

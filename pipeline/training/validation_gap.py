@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
 from pipeline.method.losses import DistillationTerms

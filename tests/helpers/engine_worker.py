@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from pipeline.models import moe
+from pipeline.models import loading, moe, router
 from pipeline.training import checkpoint, engine_state
 from pipeline.training.engine import start
 from tests.helpers import tiny
@@ -36,9 +36,9 @@ def main(spec: dict[str, Any]) -> None:
     _freeze(model, spec.get("trainable", "all"))
     engine = _engine(model, spec)
     if spec.get("checkpointing"):
-        moe.enable_activation_checkpointing(engine.module)
+        loading.enable_activation_checkpointing(engine.module)
     converted = moe.expect_converted(engine, model.config)
-    probe = moe.RouterProbe(engine.module)
+    probe = router.RouterProbe(engine.module)
     first, history = 0, []
     if spec.get("load"):
         loaded = checkpoint.load(engine, Path(spec["load"]))
@@ -79,7 +79,7 @@ def _freeze(model: Any, trainable: str) -> None:
             parameter.requires_grad_("language_model" in name and ".mlp." in name)
 
 
-def _step(engine: Any, probe: moe.RouterProbe, spec: dict[str, Any], step: int, rank: int, world: int) -> list[Any]:
+def _step(engine: Any, probe: router.RouterProbe, spec: dict[str, Any], step: int, rank: int, world: int) -> list[Any]:
     """(global mean loss, gradient norm before clipping, per-layer expert counts) of one optimizer step."""
     count = tiny.global_tokens(step)
     gas = engine.gradient_accumulation_steps()
@@ -91,7 +91,9 @@ def _step(engine: Any, probe: moe.RouterProbe, spec: dict[str, Any], step: int, 
         inputs["pixel_values"] = inputs["pixel_values"].to(next(engine.module.parameters()).dtype)
         local = tiny.loss_sum(engine(**inputs).logits, labels)
         if len(probe):
-            loads = [moe.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist() for x in probe.take()]
+            loads = [
+                router.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist() for x in probe.take()
+            ]
         engine.backward(local * world * gas / count)
         engine.step()
         total += local.detach()

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
-from pipeline.models import loading, moe
+from pipeline.models import loading
 from pipeline.models.loading import freeze
 from pipeline.recipe import JobConfig
 from pipeline.training.engine import start
@@ -148,7 +148,7 @@ def run(spec: dict[str, Any]) -> dict[str, float]:
     older = living()
     model = build(spec)
     if spec.get("checkpointing"):
-        moe.enable_activation_checkpointing(model)
+        loading.enable_activation_checkpointing(model)
     freeze(model, spec["job"].get("trainable", "all"))
     engine = start(model, JobConfig.model_validate(spec["job"]), spec["deepspeed"])
     head = FusedHead(engine.module)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from pipeline.data.processor import Processor
 from pipeline.evaluation import generate
 from pipeline.method.fused_head import FusedHead
-from pipeline.models import moe
+from pipeline.models import loading, router
 from pipeline.models.loading import load_model
 from pipeline.recipe import DataConfig
 from pipeline.training import checkpoint, engine_state, step
@@ -70,7 +70,9 @@ def _start(model: Any, run: dict[str, Any]) -> tuple[Any, step.StepContext]:
     engine = start(model, job, ds_json)
     if run.get("deepspeeds_clipping"):
         del engine.clip_fp32_gradients
-    context = step.StepContext(engine, FusedHead(engine.module), moe.RouterProbe(engine.module), 2, None, job, 1, 0, 1)
+    context = step.StepContext(
+        engine, FusedHead(engine.module), router.RouterProbe(engine.module), 2, None, job, 1, 0, 1
+    )
     return engine, context
 
 
@@ -79,7 +81,7 @@ def _train(run: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     model = uneven.model(starved=run.get("starved", False)).train()
     engine, context = _start(model, run)
     if run.get("checkpointing"):
-        moe.enable_activation_checkpointing(engine.module)
+        loading.enable_activation_checkpointing(engine.module)
     first = 0
     if run.get("load"):
         loaded = checkpoint.load(engine, Path(run["load"]))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.benchmark.tokenizer import save_image_processor, train_tokenizer
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.recipe import DataConfig
 
 COLOURS = ("red", "white", "yellow", "black")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from tests.helpers import tiny, tiny_data
 
 LENGTHS = (29, 7, 18, 12, 9, 23, 5, 14)

@@ -14,7 +14,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from pipeline.data.processor import Processor, collate
+from pipeline.data.collate import collate
+from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.files import weights_hash
 from pipeline.method.hardness import HardnessTable

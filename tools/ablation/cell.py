@@ -22,7 +22,8 @@ import torch
 from pipeline.benchmark.scoring import score_answer
 from pipeline.cli import main as clkd
 from pipeline.data.processor import Processor
-from pipeline.data.readers import Sample, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample
 from pipeline.errors import run_main
 from pipeline.evaluation import results
 from pipeline.evaluation.generate import answers, open_model

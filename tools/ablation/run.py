@@ -32,7 +32,7 @@ from pipeline.cluster.local import Stage
 from pipeline.errors import UserError, run_main
 from pipeline.files import weights_hash, write_json, write_text
 from pipeline.recipe import Recipe, merge, parse_args
-from pipeline.training.loop import settings
+from pipeline.training.job_settings import settings
 from tools.ablation import table
 from tools.ablation.cell import JOB
 from tools.ablation.data import subset

@@ -36,7 +36,7 @@ from pipeline.cluster.plan import shapes
 from pipeline.errors import UserError, run_main
 from pipeline.evaluation import results
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
-from pipeline.models import moe
+from pipeline.models import loading
 from pipeline.models.cost import flops
 from pipeline.models.cost.activations import Load, Settings
 from pipeline.training.process import start_distributed
@@ -73,7 +73,7 @@ def measure_case(options: argparse.Namespace) -> dict[str, Any]:
         if "off" in options.checkpointing:
             found["step"] = measure(runs, device, with_memory=options.first)
         if "on" in options.checkpointing:
-            moe.enable_activation_checkpointing(engine.module)
+            loading.enable_activation_checkpointing(engine.module)
             found["step_checkpointing"] = measure(runs, device, with_memory=options.first)
     return found
 

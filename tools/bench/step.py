@@ -30,7 +30,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.data.processor import IGNORED, Batch, Processor
+from pipeline.data.collate import IGNORED, Batch
+from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.errors import run_main
 from pipeline.evaluation import results

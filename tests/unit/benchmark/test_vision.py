@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.benchmark.word_alignment import OBJECT_WEIGHT, CellWords, cell_loss
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import DataError
 from tests.helpers.tiny_data import make_processor
 

@@ -4,21 +4,18 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.data.readers import (
-    MAX_IMAGE_PIXELS,
-    PROMPTS,
-    Sample,
-    load_image,
-    read_chat_jsonl,
-    read_coda_lm,
-    read_samples,
-)
+from pipeline.data.readers import READERS, read_samples
+from pipeline.data.readers.chat import read_chat_jsonl
+from pipeline.data.readers.coda_lm import PROMPTS, read_coda_lm
+from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image
 from pipeline.errors import DataError
+from pipeline.recipe.schema import DataConfig
 
 RECORD = {
     "general_perception": {
@@ -104,6 +101,10 @@ def opened(monkeypatch):
 
 
 # CODA-LM
+
+
+def test_the_recipe_knows_every_reader_and_no_other():
+    assert sorted(get_args(DataConfig.__annotations__["format"])) == sorted(READERS)
 
 
 def test_a_record_makes_one_sample_per_general_region_and_suggestion(root):

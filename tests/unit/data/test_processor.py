@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
 
 from pipeline.benchmark.tokenizer import CHAT_TEMPLATE
-from pipeline.data.processor import Processor, collate
+from pipeline.data.collate import collate
+from pipeline.data.processor import Processor
 from pipeline.data.special_tokens import SPECIAL_TOKENS
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import DataConfig

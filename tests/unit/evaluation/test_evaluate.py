@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.benchmark.random_models import build
 from pipeline.cli import main as clkd
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.evaluation import generate, latency, results, stage
 from pipeline.evaluation.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts

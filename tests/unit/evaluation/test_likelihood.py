@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.benchmark.random_models import build
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from pipeline.evaluation.likelihood import gold_cross_entropy
 from pipeline.recipe import ModelConfig, TextSize, VisionSize
 from tests.helpers.tiny_data import corpus, make_processor, save_image

@@ -20,7 +20,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTex
 
 from pipeline.benchmark import random_models
 from pipeline.cli import main as clkd
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.export import stage as export
 from pipeline.files import weights_hash

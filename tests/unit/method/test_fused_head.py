@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
 from pipeline.method.losses import DistillationTerms, distillation_loss
-from pipeline.models import moe
+from pipeline.models import loading
 from pipeline.targets.soft_targets import from_logits
 from tests.helpers import single_rank, tiny
 
@@ -216,7 +216,7 @@ def plain_loss(model: Any, step: int) -> DistillationTerms:
 def test_every_parameter_gets_the_gradient_of_the_logits_path(make: Any, checkpointing: bool) -> None:
     ours, plain = make().train(), make().train()
     if checkpointing:
-        moe.enable_activation_checkpointing(ours)
+        loading.enable_activation_checkpointing(ours)
     terms, wanted = head_loss(FusedHead(ours), ours, 0), plain_loss(plain, 0)
     for name in MEASURES:
         torch.testing.assert_close(getattr(terms, name), getattr(wanted, name), rtol=1e-5, atol=1e-5, msg=name)

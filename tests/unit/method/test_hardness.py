@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hardness.stage import describe, prior_table
 from pipeline.method.hardness import HardnessTable, decay

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import kl_div
 
 from pipeline.benchmark.random_models import build
-from pipeline.data.processor import IGNORED, Processor, collate
+from pipeline.data.collate import IGNORED, collate
+from pipeline.data.processor import Processor
 from pipeline.errors import UserError
 from pipeline.method.losses import sparse_kl_per_token
 from pipeline.models.compatibility import check_compatible, check_own_files

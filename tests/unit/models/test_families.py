@@ -19,7 +19,7 @@ from transformers import (
 
 from pipeline.errors import ConfigError, UserError
 from pipeline.export import stage as export
-from pipeline.models import loading, moe
+from pipeline.models import loading, moe, router
 from pipeline.models.compatibility import check_compatible
 from pipeline.models.families import DENSE_FAMILIES, auto_class, load_config, moe_family, without_weights
 from pipeline.models.hf_folder import DiskLayout
@@ -181,12 +181,12 @@ def test_deepspeed_trains_it_as_one_torch_process_does(dense: Dense, tmp_path: P
     upcycle(folder, tmp_path / "moe", settings(expert_noise=0.3, router_noise=0.3), seed=0)
     model, twin = plain(tmp_path / "moe"), plain(tmp_path / "moe")
     batch = inputs(model.config)
-    with moe.RouterProbe(twin) as probe:
+    with router.RouterProbe(twin) as probe:
         logits(twin)
         routers = probe.take()
     engine = single_rank.engine(model, optimizer="sgd", lr=0.5, weight_decay=0.0, grad_clip=0.05)
     assert moe.expect_converted(engine, twin.config) == len(routers) == 2
-    with torch.no_grad(), moe.RouterProbe(engine.module) as probe:
+    with torch.no_grad(), router.RouterProbe(engine.module) as probe:
         torch.testing.assert_close(engine(**batch).logits, logits(twin), rtol=0, atol=2e-6)
         for ours, theirs in zip(probe.take(), routers, strict=True):
             torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=5e-6)
@@ -230,7 +230,7 @@ def test_shared_expert_takes_its_share(tmp_path: Path) -> None:
 def test_a_model_that_is_moe_already_is_loaded_as_it_is(tmp_path: Path) -> None:
     tiny.moe_model().save_pretrained(tmp_path / "moe")
     model = loading.load_model(tmp_path / "moe")
-    assert len(moe.RouterProbe(model)) == 2
+    assert len(router.RouterProbe(model)) == 2
     assert moe.expect_converted(single_rank.engine(model), model.config) == 2
 
 

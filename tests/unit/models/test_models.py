@@ -5,7 +5,8 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
 from pipeline.benchmark import random_models
-from pipeline.data.processor import Processor, collate
+from pipeline.data.collate import collate
+from pipeline.data.processor import Processor
 from pipeline.errors import ConfigError, UserError
 from pipeline.files import weights_hash
 from pipeline.models import loading

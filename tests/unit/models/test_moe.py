@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import ConfigError
-from pipeline.models import moe, topology
+from pipeline.models import deepspeed_config, loading, moe, router, topology
 from pipeline.models.families import moe_layers
 from tests.helpers import single_rank, tiny
 from tests.helpers.paths import ROOT
@@ -22,7 +22,7 @@ EP2: dict[str, Any] = {
 
 def prepare(raw: dict[str, Any], ranks: int = 2, model: Any = None, **job: object) -> dict[str, Any]:
     config = (model or tiny.moe_model()).config
-    return moe.prepare_deepspeed_config(raw, tiny.job(**job), config, ranks)
+    return deepspeed_config.complete(raw, tiny.job(**job), config, ranks)
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -84,7 +84,7 @@ def test_moe_layers() -> None:
 def test_probe_equals_hugging_face_router_logits() -> None:
     model = tiny.moe_model()
     inputs, _ = tiny.global_batch()
-    with moe.RouterProbe(model) as probe:
+    with router.RouterProbe(model) as probe:
         output = model(**inputs, output_router_logits=True)
         taken = probe.take()
     assert len(taken) == 2
@@ -100,13 +100,13 @@ def test_probe_under_activation_checkpointing() -> None:
     for checkpointing in (False, True):
         model = tiny.moe_model().train()
         if checkpointing:
-            moe.enable_activation_checkpointing(model)
-        probe = moe.RouterProbe(model)
+            loading.enable_activation_checkpointing(model)
+        probe = router.RouterProbe(model)
         loss = tiny.loss_sum(model(**inputs).logits, labels)
         taken = probe.take()
         (loss + sum(x.logsumexp(-1).square().sum() for x in taken)).backward()
         assert len(taken) == 2
-        with pytest.raises(moe.RouterError, match="before take"):
+        with pytest.raises(router.RouterError, match="before take"):
             probe.take()
         gradients.append([p.grad.clone() for n, p in model.named_parameters() if n.endswith("gate.weight")])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -116,27 +116,27 @@ def test_probe_under_activation_checkpointing() -> None:
 def test_probe_refuses_reentrant_checkpointing() -> None:
     model = tiny.moe_model().train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    moe.RouterProbe(model)
-    with pytest.raises(moe.RouterError, match="reentrant"):
+    router.RouterProbe(model)
+    with pytest.raises(router.RouterError, match="reentrant"):
         model(**tiny.global_batch()[0])
 
 
 def test_expert_counts_by_hand() -> None:
     logits_TE = torch.tensor([[3.0, 2.0, 1.0], [0.0, 5.0, 6.0], [9.0, 0.0, 8.0]])
-    assert moe.expert_counts(logits_TE, 2).tolist() == [2, 2, 2]
-    assert moe.expert_counts(logits_TE, 2, torch.tensor([True, False, True])).tolist() == [2, 1, 1]
-    assert moe.expert_counts(logits_TE, 1, torch.tensor([False] * 3)).tolist() == [0, 0, 0]
+    assert router.expert_counts(logits_TE, 2).tolist() == [2, 2, 2]
+    assert router.expert_counts(logits_TE, 2, torch.tensor([True, False, True])).tolist() == [2, 1, 1]
+    assert router.expert_counts(logits_TE, 1, torch.tensor([False] * 3)).tolist() == [0, 0, 0]
 
 
 def test_deepspeed_layer_equals_hugging_face() -> None:
     """Same logits and same router logits after DeepSpeed replaced the MoE layers."""
     inputs, _ = tiny.global_batch()
     plain = tiny.moe_model()
-    with torch.no_grad(), moe.RouterProbe(plain) as probe:
+    with torch.no_grad(), router.RouterProbe(plain) as probe:
         logits, routers = plain(**inputs).logits, probe.take()
     engine = single_rank.engine(tiny.moe_model())
     assert moe.expect_converted(engine, plain.config) == 2
-    with torch.no_grad(), moe.RouterProbe(engine.module) as probe:
+    with torch.no_grad(), router.RouterProbe(engine.module) as probe:
         torch.testing.assert_close(engine(**inputs).logits, logits, rtol=0, atol=1e-6)
         for ours, theirs in zip(probe.take(), routers, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
@@ -155,7 +155,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path, stage: int, micro_batch: in
     """EP 2 on 2 ranks = plain torch: SGD, clipping active, uneven token counts, accumulation."""
     model = tiny.moe_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with moe.RouterProbe(model) as probe:
+    with router.RouterProbe(model) as probe:
         reference = tiny.reference_run(model, steps=5, lr=1.0, clip=0.05)
         num_layers = len(probe)
     recorded, parameters = tiny.launch(

@@ -12,7 +12,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBl
 
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.method.fused_head import FusedHead
-from pipeline.models import checkpoint_folder, moe
+from pipeline.models import checkpoint_folder, deepspeed_config, router
 from pipeline.models.native_moe import NativeMoe, PaddingMask
 from pipeline.recipe import NativeMoeConfig
 from pipeline.training import checkpoint, step, step_metrics
@@ -36,7 +36,7 @@ def test_forwards_agree_with_hugging_face(layer: str, training: bool) -> None:
     plain = tiny.moe_model().train(training)
     engine = single_rank.engine(tiny.moe_model(), **LAYERS[layer])
     engine.train(training)
-    with torch.no_grad(), moe.RouterProbe(plain) as theirs, moe.RouterProbe(engine.module) as ours:
+    with torch.no_grad(), router.RouterProbe(plain) as theirs, router.RouterProbe(engine.module) as ours:
         wanted, found = plain(**inputs).logits, engine(**inputs).logits
         for mine, reference in zip(ours.take(), theirs.take(), strict=True):
             torch.testing.assert_close(mine[valid_BS.flatten()], reference[valid_BS.flatten()], rtol=0, atol=1e-6)
@@ -244,7 +244,7 @@ def test_one_collapsed_layer_is_seen(layer: str) -> None:
         for index, row in ((1, [0.0, 0.0, 0.0, 0.0]), (3, [20.0, 19.0, 0.0, 0.0])):
             model.model.language_model.layers[index].mlp.gate.weight[:, 0] = torch.tensor(row)
     engine = single_rank.engine(model, router=uneven.ROUTER, **LAYERS[layer])
-    probe = moe.RouterProbe(engine.module)
+    probe = router.RouterProbe(engine.module)
     job = tiny.job(router=uneven.ROUTER)
     context = step.StepContext(engine, FusedHead(engine.module), probe, 2, None, job, 1, 0, 1)
     inputs, stats = tiny.global_batch()[0], step.StepStats()
@@ -263,11 +263,11 @@ def test_one_collapsed_layer_is_seen(layer: str) -> None:
 def test_dropped_routes_are_counted_in_the_metrics() -> None:
     native = {"drop_tokens": True, "capacity_factor": 0.5}
     engine = single_rank.engine(tiny.moe_model().train(), moe_layer="native", native_moe=native)
-    probe = moe.RouterProbe(engine.module)
+    probe = router.RouterProbe(engine.module)
     inputs, _ = tiny.global_batch()
     routes = 2 * int(inputs["attention_mask"].sum())
     engine(**inputs)
-    counts = [moe.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()) for x in probe.take()]
+    counts = [router.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()) for x in probe.take()]
     capacity = -(-routes // 8)  # half of an even share of 4 experts
     dropped_L = probe.dropped()
     assert dropped_L is not None
@@ -291,7 +291,7 @@ def test_refusals_say_what_to_change(ds_json: dict[str, Any], words: list[str]) 
     ranks = ds_json.get("expert_parallel", {}).get("autoep_size", 1)
     job = tiny.job(moe_layer="native", global_batch_size=12)
     with pytest.raises(ConfigError) as error:
-        moe.prepare_deepspeed_config(ds_json, job, tiny.moe_model().config, ranks)
+        deepspeed_config.complete(ds_json, job, tiny.moe_model().config, ranks)
     assert all(word in str(error.value) for word in words), error.value
 
 

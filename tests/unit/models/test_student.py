@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, LlamaConfig
 from pipeline.cli import main as clkd
 from pipeline.errors import ConfigError, UserError
 from pipeline.models import hf_folder
-from pipeline.models.moe import RouterProbe
+from pipeline.models.router import RouterProbe
 from pipeline.models.student import upcycle
 from pipeline.recipe import UpcycleConfig
 from tests.helpers import tiny

@@ -18,7 +18,8 @@ from PIL import Image
 from pipeline.benchmark.scenes import write_scenes
 from pipeline.benchmark.scoring import SLICES, TASKS, score_all
 from pipeline.cli import main as clkd
-from pipeline.data.readers import Sample, load_image, read_samples
+from pipeline.data.readers import read_samples
+from pipeline.data.sample import Sample, load_image
 from pipeline.evaluation import results
 from pipeline.evaluation.results import Row
 from pipeline.method.curriculum import competence, tilt

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.cli import main as clkd
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from pipeline.errors import ConfigError, StoreError, UserError
 from pipeline.recipe import load_recipe
 from pipeline.targets.container.leases import LEASE_S, ShardLeases, lease_name

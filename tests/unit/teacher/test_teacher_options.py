@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.cli import main as clkd
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from pipeline.errors import ConfigError, DataError, StoreError
 from pipeline.recipe import SketchConfig, load_recipe
 from pipeline.targets.container.folders import LocalFolder, folder_at

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.data.processor import collate
+from pipeline.data.collate import collate
 from tests.helpers.paths import ROOT
 from tools.bench.runs import make_run, ratios, rotated
 

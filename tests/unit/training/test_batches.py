@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.readers import Sample
+from pipeline.data.sample import Sample
 from pipeline.errors import StoreError
 from pipeline.method.curriculum import rank_share
 from pipeline.targets.container.records import RecordWriter

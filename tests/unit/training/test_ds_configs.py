@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.cli import main as clkd
 from pipeline.errors import ConfigError
-from pipeline.models import moe
+from pipeline.models import deepspeed_config
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 
@@ -30,7 +30,7 @@ def test_the_promised_configurations_are_there():
 def test_the_file_leaves_to_the_recipe_what_the_recipe_owns(path):
     raw = json.loads(path.read_text())
     assert not RECIPE_OWNS & raw.keys()
-    config = moe.prepare_deepspeed_config(raw, tiny.job(), tiny.moe_model().config, world_size=2)
+    config = deepspeed_config.complete(raw, tiny.job(), tiny.moe_model().config, world_size=2)
     assert config.keys() >= RECIPE_OWNS - {"scheduler"}
     if path.stem.startswith("zero"):
         assert f"zero{config['zero_optimization']['stage']}_ep" == path.stem

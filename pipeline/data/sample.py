@@ -1,0 +1,103 @@
+"""A sample: one question with its images and answer, its content hash, and its images decoded.
+
+Images are never decoded before their size is checked.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from pipeline.errors import DataError
+
+MAX_IMAGE_PIXELS = 64_000_000
+"""Largest image that is decoded; a bound against decompression bombs."""
+TASKS = ("general", "region", "suggestion", "chat")
+SLICES = ("regular", "corner", "unknown")
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One question with its image(s) and answer."""
+
+    sample_id: str
+    images: tuple[Path, ...]
+    prompt: str
+    answer: str
+    """Empty where a test split publishes none."""
+    task: str
+    """general, region, suggestion or chat."""
+    slice: str
+    """regular, corner or unknown: for evaluation only."""
+    box: Box | None = None
+    """x, y, w, h in pixels of the marked region."""
+    meta: Mapping[str, str] = field(default_factory=dict)
+    """Where the sample came from, for messages only: `record`, and `field` or `id`."""
+
+
+def content_id(images: tuple[Path, ...], prompt: str, answer: str, task: str, box: Box | None) -> str:
+    """Hash of everything that a model sees or is asked to say: 32 hex digits."""
+    content = [*map(_image_hash, images), prompt, answer, task, list(box) if box else None]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def load_image(sample: Sample, index: int = 0) -> Image.Image:
+    """Decode one image as RGB, the region marked by a red rectangle as CODA-LM does.
+
+    Raises:
+        DataError: the file cannot be read as an image, is larger than MAX_IMAGE_PIXELS, or the region lies outside it.
+    """
+    path = sample.images[index]
+    try:
+        with Image.open(path) as file:
+            size = file.size
+            image = file.convert("RGB") if size[0] * size[1] <= MAX_IMAGE_PIXELS else None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"{path}: at most {MAX_IMAGE_PIXELS} pixels are decoded: {error}") from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        # Pillow's readers let SyntaxError, ValueError and struct.error through on damaged files.
+        raise DataError(f"{path}: cannot be read as an image: {error}. Sample {sample.sample_id} needs it.") from None
+    if image is None:
+        raise DataError(f"{path}: {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_PIXELS} are decoded.")
+    if sample.box is not None:
+        _draw_box(image, sample.box, path)
+    return image
+
+
+def require_answers(samples: Sequence[Sample], where: str) -> None:
+    """DataError when a sample has nothing to learn from; names the first few records.
+
+    Args:
+        where: the split and what it is read for, for the message.
+    """
+    empty = [", ".join(filter(None, s.meta.values())) for s in samples if not s.answer.strip()]
+    if empty:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise DataError(
+            f"{where}: {len(empty)} of {len(samples)} samples have an empty answer: {'; '.join(empty[:3])}{more}. "
+            "Fill in or remove them. Nothing was started."
+        )
+
+
+@lru_cache(maxsize=1 << 20)
+def _image_hash(path: Path) -> str:
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
+    """Red outline around (x, y, w, h), its width 1/100 of the shorter side, at least 2 pixels."""
+    x, y, w, h = box
+    if x >= image.width or y >= image.height or x + w <= 0 or y + h <= 0:
+        raise DataError(f"{path}: box {list(box)} lies outside the image of {image.width} x {image.height} pixels.")
+    width = max(2, round(min(image.size) / 100))
+    ImageDraw.Draw(image).rectangle([x, y, x + w, y + h], outline=(255, 0, 0), width=width)
