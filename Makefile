@@ -16,8 +16,9 @@ SPLIT ?= test
 
 install: $(VENV)/.installed
 
+# The package in place, its command in $(VENV)/bin/clkd, and what `make test` uses.
 # torch first: another package's looser range would pull gigabytes of CUDA wheels.
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+$(VENV)/.installed: pyproject.toml setup.py requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "torch==2.13.0"
 	$(PY) -m pip install -q "torch==2.13.0" -r requirements-dev.txt
@@ -25,10 +26,10 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 	touch $@
 
 demo: install
-	$(PY) -m pipeline run demo
+	$(VENV)/bin/clkd run demo
 
 reproduce: install
-	$(PY) -m pipeline run reproduce
+	$(VENV)/bin/clkd run reproduce
 
 # Settings are chosen with SPLIT=val; the test split is scored once per row and seed.
 ablation: install

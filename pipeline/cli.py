@@ -1,8 +1,8 @@
 """One command for everything: `clkd STAGE RECIPE [section.key=value ...]`, the same as `python -m pipeline STAGE ...`.
 
-What a stage accepts is said here, so that help and a recipe's mistakes cost no import of torch: a stage's own code is
-imported when it runs. Each module that `STAGES` names has `main(recipe, options)`, which returns an exit status or
-None.
+What a stage accepts is said here, so that help costs no more than Python's own start, and a recipe's mistakes no torch:
+a stage's code is imported when it runs. Each module that `STAGES` names has `main(recipe, options)`, which returns an
+exit status or None.
 """
 
 import argparse
@@ -12,12 +12,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline import __version__
 from pipeline.errors import ConfigError, run_main
-from pipeline.recipe.loading import load_recipe
 
 Add = Callable[..., argparse.Action]
 
@@ -172,11 +171,13 @@ ACTIONS = {"store": ("verify", "inspect", "stats", "merge", "export"), "record":
 def main(argv: Sequence[str] | None = None) -> int | None:
     """Run one stage; returns its exit status. UserError for what the user has to mend."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):  # `deepspeed --module pipeline train ...` puts it first
+        words.append(words.pop(0))
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
     if words[0] == "--version":
-        print(f"clkd {metadata.version('clkd')}")
+        print(f"clkd {__version__}")
         return 0
     name = words[0]
     if name not in STAGES:
@@ -191,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if stage.subject.endswith("RECIPE"):
         options.recipe = getattr(options, "config", None) or Path(_first(options.words, f"clkd {name}"))
         options.overrides = options.words
+        from pipeline.recipe.loading import load_recipe  # pydantic, which help does without
+
         recipe = load_recipe(options.recipe, options.overrides)
     result: int | None = importlib.import_module(f"pipeline.{stage.module}").main(recipe, options)
     return result
@@ -242,7 +245,7 @@ def overview() -> str:
 
 
 def entry() -> NoReturn:
-    """The installed command `clkd`."""
+    """The command `clkd`, and `python -m pipeline`."""
     run_main(main)
 
 

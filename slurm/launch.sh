@@ -18,8 +18,8 @@ begin() {
   local facts
   STAGE="$1"
   facts="$(inside python -m pipeline record begin "$RECIPE" --stage "$STAGE" "${OVERRIDES[@]}")"
-  eval "$facts" # RUN_DIR, RUN_LOGS, MASTER_PORT
-  export RUN_LOGS MASTER_PORT
+  eval "$facts" # RUN_DIR, RUN_LOGS, MASTER_PORT, OPERATORS
+  export RUN_LOGS MASTER_PORT OPERATORS
   MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
   export MASTER_ADDR
 }

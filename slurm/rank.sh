@@ -5,11 +5,14 @@ source "$CLKD_HOME/slurm/common.sh"
 export RANK="$SLURM_PROCID" WORLD_SIZE="$SLURM_NTASKS" LOCAL_RANK="$SLURM_LOCALID"
 export TMPDIR="$TMPDIR/rank-$RANK"
 mkdir -p "$TMPDIR"
-if [[ ! -d $TORCH_EXTENSIONS_DIR ]]; then # operators that are compiled already; a copy appears whole or not at all
-  ops="${CLKD_OPS:-$(ls -dt "$HOME"/.cache/torch_extensions/py* 2>/dev/null | head -n 1)}"
+# Operators that are compiled already, on the node's own disk; a copy appears whole or not at all. OPERATORS is where this
+# environment keeps them, in a folder with a name of its own.
+export TORCH_EXTENSIONS_DIR="$local_disk/operators/${OPERATORS##*/}"
+ops="${CLKD_OPS:-$OPERATORS}"
+if [[ ! -d $TORCH_EXTENSIONS_DIR && -d $ops ]]; then
+  mkdir -p "$local_disk/operators"
   # Modification times stay, or they would be compiled again.
-  if [[ -d $ops ]] && cp -r --preserve=timestamps "$ops" "$TMPDIR/ops"; then
-    rm -f "$TMPDIR"/ops/*/lock # of a process that was loading one right then: here nobody would take it away
+  if cp -r --preserve=timestamps "$ops" "$TMPDIR/ops"; then
     mv -T "$TMPDIR/ops" "$TORCH_EXTENSIONS_DIR" 2>/dev/null || true
   fi
 fi

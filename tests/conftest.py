@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from pipeline.training import operators
 from tests.cluster.slurm_cluster import Cluster, NotPermitted
 from tests.cluster.slurm_runs import CHAIN, SGD, Training, copy_run, job_ids, submit, write_recipe
+
+operators.prepare()  # also for processes that tests start without going through the training stage
 
 LONGEST = "train checkpoint feature_training teacher ablation expert_parallel families bench_tools footprint".split()
 """Files that take about a minute and more, by falling length."""

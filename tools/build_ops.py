@@ -2,9 +2,9 @@
 
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-from pipeline.training.operators import clear_stale_locks
+from pipeline.training import operators
 
 if __name__ == "__main__":
-    clear_stale_locks()
+    operators.prepare()
     ShareMemCommBuilder().load(verbose=False)
     print("DeepSpeed's shared-memory collectives are built")

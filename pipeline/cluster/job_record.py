@@ -1,6 +1,6 @@
 """What a cluster job writes down about itself when it begins and ends. For the scripts in slurm/, inside a job.
 
-clkd record begin RECIPE.yaml --stage STAGE     shell variables: RUN_DIR, RUN_LOGS, MASTER_PORT
+clkd record begin RECIPE.yaml --stage STAGE     shell variables: RUN_DIR, RUN_LOGS, MASTER_PORT, OPERATORS
 clkd record end RECIPE.yaml --stage STAGE --state RUNNING     one word: done, requeue or failed
 """
 
@@ -17,9 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pipeline import __version__
 from pipeline.cluster import chain
 from pipeline.errors import EXIT_CHECKPOINTED, EXIT_LOST_CONTACT, EXIT_USER_ERROR, UserError
+from pipeline.files import home
 from pipeline.recipe import Recipe
+from pipeline.training.operators import own_folder
 
 CRASHED = 1
 """Status of a Python traceback: running the job again would end in the same error."""
@@ -55,7 +58,12 @@ def begin(recipe: Recipe, name: str) -> dict[str, str]:
     }
     for place in (name, f"{name}/{_attempt()}/state"):
         chain.write_state(recipe.run.dir, place, state)
-    return {"RUN_DIR": str(recipe.run.dir), "RUN_LOGS": str(logs.resolve()), "MASTER_PORT": str(_free_port())}
+    return {
+        "RUN_DIR": str(recipe.run.dir),
+        "RUN_LOGS": str(logs.resolve()),
+        "MASTER_PORT": str(_free_port()),
+        "OPERATORS": _operators(),
+    }
 
 
 def end(recipe: Recipe, name: str, job_state: str) -> str:
@@ -112,13 +120,15 @@ def environment() -> dict[str, Any]:
 
 
 def _code() -> dict[str, str]:
-    """Commit, and the changes that are not in it."""
+    """Version, and of a checkout the commit and the changes that are not in it."""
+    if not (home() / ".git").exists():  # installed: the repository around it, if any, is somebody else's
+        return {"version": __version__}
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(home()), *arguments], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else "unknown"
 
-    return {"commit": git("rev-parse", "HEAD"), "changes": git("diff", "HEAD")[:1_000_000]}
+    return {"version": __version__, "commit": git("rev-parse", "HEAD"), "changes": git("diff", "HEAD")[:1_000_000]}
 
 
 def _version(package: str) -> str:
@@ -126,6 +136,14 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
+
+
+def _operators() -> str:
+    """Where this environment keeps compiled operators; empty where DeepSpeed is only in the ranks' container."""
+    try:
+        return str(own_folder())
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _free_port() -> int:

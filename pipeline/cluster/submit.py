@@ -17,6 +17,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def submit(recipe: Recipe, command: argparse.Namespace) -> None:
     if command.dry_run:
         for stage in stages:
             if todo[stage.name]:
-                words = sbatch_words(stage, command, todo, {name: f"<{name}>" for name in todo}, options)
+                words = sbatch_words(recipe, stage, command, todo, {name: f"<{name}>" for name in todo}, options)
                 print(" ".join([*_assignments(stage, command), *map(shlex.quote, words)]))
         return
     if not shutil.which("sbatch"):
@@ -56,8 +57,8 @@ def submit(recipe: Recipe, command: argparse.Namespace) -> None:
             if not todo[stage.name]:
                 print(f"{'done':>8}  {stage.name}")
                 continue
-            jobs[stage.name] = _send(stage, command, todo, jobs, options)
-            _remember(command, jobs)
+            jobs[stage.name] = _send(recipe, stage, command, todo, jobs, options)
+            _remember(recipe, command, jobs)
             print(f"{jobs[stage.name]:>8}  {stage.name}{_waits_for(stage, jobs)}", flush=True)
     if jobs:
         print(f"follow it:  clkd status {recipe.run.dir}\nstop it:    scancel {_spaced(jobs)}")
@@ -121,6 +122,7 @@ def refuse_uneven(recipe: Recipe, stage: ClusterStage, ranks: int, ds_config: Pa
 
 
 def sbatch_words(
+    recipe: Recipe,
     stage: ClusterStage,
     command: argparse.Namespace,
     todo: Mapping[str, Sequence[int]],
@@ -128,14 +130,14 @@ def sbatch_words(
     options: Mapping[str, Sequence[str]],
 ) -> list[str]:
     """The command that submits a stage."""
-    log = f"{command.recipe.run.dir}/{chain.FOLDER}/{stage.slug}-%{'A_%a' if stage.tasks else 'j'}.out"
-    words = ["sbatch", "--parsable", f"--job-name={job_name(command.recipe, stage)}", f"--output={log}"]
+    log = f"{recipe.run.dir}/{chain.FOLDER}/{stage.slug}-%{'A_%a' if stage.tasks else 'j'}.out"
+    words = ["sbatch", "--parsable", f"--job-name={job_name(recipe, stage)}", f"--output={log}"]
     waits = [str(jobs[name]) for name in stage.needs if todo.get(name) and name in jobs]
     if waits:
         words += [f"--dependency=afterok:{':'.join(waits)}", "--kill-on-invalid-dep=yes"]
     if stage.tasks:
         words.append(f"--array={','.join(map(str, todo[stage.name]))}")
-    return [*words, *options[stage.name], stage.script, str(command.recipe), *stage.arguments]
+    return [*words, *options[stage.name], str(home() / stage.script), str(command.recipe), *stage.arguments]
 
 
 def job_name(recipe: Recipe, stage: ClusterStage) -> str:
@@ -144,15 +146,16 @@ def job_name(recipe: Recipe, stage: ClusterStage) -> str:
 
 
 def _send(
+    recipe: Recipe,
     stage: ClusterStage,
     command: argparse.Namespace,
     todo: Mapping[str, Sequence[int]],
     jobs: Mapping[str, int],
     options: Mapping[str, Sequence[str]],
 ) -> int:
-    words = sbatch_words(stage, command, todo, jobs, options)
+    words = sbatch_words(recipe, stage, command, todo, jobs, options)
     environment = {**os.environ, **_environment(stage, command)}
-    done = subprocess.run(words, cwd=home(), env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     if done.returncode:
         sent = f"jobs {_spaced(jobs)} are in the queue: scancel them, or mend this and submit again when they are done"
         raise UserError(
@@ -163,7 +166,7 @@ def _send(
 
 
 def _environment(stage: ClusterStage, command: argparse.Namespace) -> dict[str, str]:
-    own = {"CLKD_HOME": str(home()), **stage.environment}
+    own = {"CLKD_HOME": str(home()), "CLKD_VENV": environment_of(home()), **stage.environment}
     if stage.tasks:
         own["WORKERS"] = str(stage.tasks)
     if stage.kind == "train":
@@ -171,9 +174,15 @@ def _environment(stage: ClusterStage, command: argparse.Namespace) -> dict[str, 
     return own
 
 
+def environment_of(home: Path) -> str:
+    """The Python environment of the jobs: what CLKD_VENV says, `.venv` of a checkout, or the one that submits."""
+    own = home / ".venv"
+    return os.environ.get("CLKD_VENV") or (str(own) if own.is_dir() else sys.prefix)
+
+
 def _assignments(stage: ClusterStage, command: argparse.Namespace) -> list[str]:
     """As a person would write the environment before the command."""
-    return [f"{k}={shlex.quote(v)}" for k, v in _environment(stage, command).items() if v and k != "CLKD_HOME"]
+    return [f"{k}={shlex.quote(v)}" for k, v in _environment(stage, command).items() if v]
 
 
 def _advice(complaint: str) -> str:
@@ -198,8 +207,8 @@ def refuse_running(recipe: Recipe) -> None:
     alive = [f"{job} ({earlier[job]}, {state})" for job, state in run_status.queued(earlier).items()]
     if alive:
         raise UserError(
-            f"{recipe.run.dir}: submitted already, and in the queue: {', '.join(alive)}. Follow it with `python -m "
-            f"pipeline.cluster.submit status {recipe.run.dir}`, or scancel it first. Nothing was submitted."
+            f"{recipe.run.dir}: submitted already, and in the queue: {', '.join(alive)}. Follow it with `clkd status "
+            f"{recipe.run.dir}`, or scancel it first. Nothing was submitted."
         )
 
 
@@ -211,8 +220,8 @@ def _one_submission(folder: Path) -> Iterator[None]:
         yield
 
 
-def _remember(command: argparse.Namespace, jobs: Mapping[str, int]) -> None:
-    run_dir = command.recipe.run.dir
+def _remember(recipe: Recipe, command: argparse.Namespace, jobs: Mapping[str, int]) -> None:
+    run_dir = recipe.run.dir
     earlier = chain.read_submission(run_dir).get("jobs", {})
     submission = {"recipe": str(command.recipe), "overrides": command.overrides, "workers": command.workers}
     chain.write_submission(run_dir, {**submission, "jobs": {**earlier, **jobs}})
@@ -229,5 +238,5 @@ def _spaced(jobs: Mapping[str, int]) -> str:
 
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The command `submit`."""
-    options.recipe = options.recipe.resolve()
+    options.recipe = shipped(options.recipe, "recipes").resolve()  # jobs are told a file, not a name
     submit(recipe, options)

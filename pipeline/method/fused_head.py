@@ -39,7 +39,7 @@ def fused_distillation_loss(
     weight_VD: Tensor,
     labels_N: Tensor,
     targets: SoftTargets | None,
-    alpha_N: Tensor,
+    alpha_N: Tensor | float,
     *,
     chunk_elements: int = CHUNK_ELEMENTS,
     piece_elements: int | None = None,
@@ -67,6 +67,8 @@ def fused_distillation_loss(
         raise ValueError(f"soft targets have {len(targets)} rows, the hidden states have {num_rows}")
     if piece_elements is None:
         piece_elements = PIECE_ELEMENTS.get(hidden_ND.device.type, PIECE_ELEMENTS_ELSEWHERE)
+    if not isinstance(alpha_N, Tensor):
+        alpha_N = torch.full((num_rows,), float(alpha_N), device=labels_N.device)
     gated = settings.get("gate_scale") is not None
     whole = _no_terms(labels_N, with_targets=targets is not None, with_gate=targets is not None and gated)
 

@@ -198,7 +198,7 @@ def distillation_loss(
     logits_NV: Tensor,
     labels_N: Tensor,
     targets: SoftTargets | None,
-    alpha_N: Tensor,
+    alpha_N: Tensor | float,
     *,
     temperature: float = 1.0,
     gate_scale: float | None = None,
@@ -213,7 +213,8 @@ def distillation_loss(
         logits_NV: student logits of the rows that predict `labels_N`.
         labels_N: int64; rows labelled -100 add nothing.
         targets: one row per token; None needs alpha 0 everywhere. Rows with alpha 0 may hold anything finite.
-        alpha_N: share of the KL term, in [0, 1].
+        alpha_N: share of the KL term, in [0, 1]; a number holds for all tokens.
+        temperature: the one that the targets were made at.
         gate_scale: s of the learnability gate in nats; None turns the gate off (rho = 1).
         beta: tilt on token hardness.
         normaliser: mean weight of past global batches (`WeightNormaliser`).

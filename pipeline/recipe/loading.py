@@ -39,9 +39,17 @@ def parse_args(
     return Arguments(load_recipe(options.config, options.overrides), options)
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and check a recipe. Raises ConfigError with every problem at once."""
-    raw = _read_yaml(shipped(path, "recipes"))
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        path: a YAML file, or the name of a recipe that comes with the package (`demo`).
+        overrides: `section.key=value`, in place of the file's.
+
+    Raises:
+        ConfigError: every problem at once.
+    """
+    raw = _read_yaml(shipped(Path(path), "recipes"))
     for override in overrides:
         key, sign, value = override.partition("=")
         if not sign:

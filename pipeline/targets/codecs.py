@@ -17,9 +17,9 @@ from torch import Tensor
 from pipeline.errors import StoreError
 from pipeline.recipe import TargetsConfig
 from pipeline.targets import packing
+from pipeline.targets.container.shards import Bytes
 from pipeline.targets.soft_targets import SoftTargets, clipped_top_k, drawn_from_logits, from_logits
 
-Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 _END = np.dtype((np.void, 2 * packing.FLOATS))
 """The last bytes of a record of the top K."""

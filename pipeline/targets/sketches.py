@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.recipe import SketchConfig
-from pipeline.targets.codecs import Bytes
 from pipeline.targets.container.records import RecordStore
+from pipeline.targets.container.shards import Bytes
 
 CELLS = 4
 """Cells along each side of an image."""

@@ -32,6 +32,11 @@ class SoftTargetStore(RecordStore):
             raise StoreError(f"{folder}: unknown codec {identity['codec']!r}; known here: {sorted(CODECS)}")
         self._codec, self._spec = identity["codec"], spec_of(identity)
 
+    @property
+    def temperature(self) -> float:
+        """The softmax temperature that the targets were made at. Losses need the same: the tail is cut already."""
+        return float(self.identity["temperature"])
+
     def read(self, sample_id: str) -> SoftTargets:
         """A sample's targets, one row per answer token.
 

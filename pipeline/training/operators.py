@@ -1,32 +1,152 @@
-"""Operators that DeepSpeed compiles when they are first used: the locks on them that a killed process leaves behind."""
+"""Operators that DeepSpeed compiles when they are first used: where they are kept, and who compiles them.
+
+Torch keeps all operators of a user in one folder, where two environments compile them again for each other, over and
+over: each has other include paths. And it guards a compilation with a file that only its maker removes: after a kill
+every later process waits for it, for ever. So each environment has a folder of its own here, and the lock goes with
+the process that holds it.
+"""
 
 import contextlib
 import fcntl
+import hashlib
+import os
+import sys
+import time
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
 
-from torch.utils import cpp_extension
+from pipeline.errors import UserError
 
-OPERATORS = ("deepspeed_shm_comm", "cpu_adam", "fused_adam")
-_held: list[IO[str]] = []
-"""Open until the process ends, in whatever way."""
+FOLDER_VARIABLE = "TORCH_EXTENSIONS_DIR"
+"""Torch's own: who sets it chooses the folder."""
+FIRST_WORD_S, WORD_EVERY_S = 10.0, 60.0
+"""When a process that waits says so, and how often again."""
+MOST_S = 1800.0
+"""Longest wait: half an hour, several times what an operator takes to compile."""
 
 
-def clear_stale_locks() -> None:
-    """Remove what would make torch wait for ever: `lock` files of processes that are no more.
+def own_folder() -> Path:
+    """This environment's operators: a folder named by its Python, torch and DeepSpeed, versions and places."""
+    versions = {name: metadata.version(name) for name in ("torch", "deepspeed")}
+    places = [spec.origin for name in versions if (spec := find_spec(name))]  # without importing them
+    text = "\n".join(map(str, (sys.prefix, sys.version, *versions.items(), *places)))
+    name = f"torch-{versions['torch'].partition('+')[0]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "clkd", "operators", name)
 
-    Whoever loads an operator makes such a file, and nobody else removes it. So each of our processes holds a lock of
-    the kernel's beside them while it lives; one that gets that lock alone knows that no other is at work.
+
+def prepare() -> None:
+    """Before an operator is loaded: this environment's folder, unless the user chose one, and locks that cannot stay.
+
+    Where the folder cannot be made (a read-only home), torch chooses its own.
     """
-    with contextlib.suppress(OSError):  # a folder that is read-only or without file locks: then torch is on its own
-        folder = Path(cpp_extension._get_build_directory("clkd", False))
-        file = (folder / "processes").open("a")
-        _held.append(file)
+    from torch.utils import cpp_extension  # here, so that `own_folder` costs no torch
+
+    if FOLDER_VARIABLE not in os.environ:
+        folder = own_folder()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            print(f"{folder}: {error.strerror}: torch keeps compiled operators where it likes", file=sys.stderr)
+        else:
+            os.environ[FOLDER_VARIABLE] = str(folder)
+    cpp_extension.FileBaton = Baton  # type: ignore[assignment, attr-defined]
+
+
+class Baton:
+    """The lock on one operator's folder, in the place of torch's `FileBaton`.
+
+    The kernel's lock on a file that stays; it is let go when its process ends, in whatever way. Torch's own file is
+    made as well, for programs that know only that one; one that is left over, with no process behind it, is removed.
+    """
+
+    def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: int | None = None) -> None:
+        """Torch's arguments: its file, in the operator's folder; seconds between two looks. The last is not used."""
+        self.torch_lock = Path(lock_file_path)
+        self.folder = self.torch_lock.parent
+        self.pause = wait_seconds
+        self._held: IO[str] | None = None
+        self._torch_lock: int | None = None
+
+    def try_acquire(self) -> bool:
+        """Wait for the lock. Always True: who comes second finds the operator compiled, and torch sees that itself.
+
+        Torch's way, to wait and then take it for compiled, fails when the process that was waited for was killed.
+
+        Raises:
+            UserError: another process holds it for MOST_S.
+        """
+        self._held = (self.folder / "clkd.lock").open("a+")
+        began, word_at = time.monotonic(), FIRST_WORD_S
+        while (holder := self._take()) is not None:
+            waited = time.monotonic() - began
+            where = f"{self.folder}: {holder} compiles this operator of DeepSpeed; process {os.getpid()}"
+            if waited > MOST_S:
+                self._held.close()
+                raise UserError(
+                    f"{where} waited {waited:.0f} s. End that process if it hangs, or set {FOLDER_VARIABLE} to another "
+                    "folder. Nothing was changed."
+                )
+            if waited >= word_at:
+                print(f"{where} waits for it, {waited:.0f} s so far", file=sys.stderr, flush=True)
+                word_at = waited + WORD_EVERY_S
+            time.sleep(self.pause)
+        return True
+
+    def wait(self) -> None:
+        """Torch waits here when `try_acquire` gives False, which it never does."""
+        raise AssertionError("try_acquire waits itself")
+
+    def release(self) -> None:
+        """Let the next one have it."""
+        assert self._held is not None and self._torch_lock is not None
+        self.torch_lock.unlink(missing_ok=True)
+        os.close(self._torch_lock)
+        self._held.close()
+
+    def _take(self) -> str | None:
+        """None once both locks are ours; else who has one."""
+        assert self._held is not None
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            return
-        for name in OPERATORS:
-            (folder.parent / name / "lock").unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_SH)
+            self._held.seek(0)
+            return self._held.read() or "another process"
+        except OSError:
+            pass  # no such locks on this file system: torch's file alone
+        self._held.truncate(0)
+        self._held.write(_named(os.getpid()))
+        self._held.flush()
+        if self.torch_lock.exists():
+            if holder := process_at_work(self.torch_lock):
+                return holder
+            self.torch_lock.unlink(missing_ok=True)
+        try:
+            self._torch_lock = os.open(self.torch_lock, os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            return "another process"
+        return None
+
+
+def process_at_work(lock: Path) -> str | None:
+    """The process of this machine that holds torch's lock file open, or a ninja that outlived the one which did."""
+    wanted, folder = os.path.realpath(lock), os.path.realpath(lock.parent)
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            compiles = os.readlink(process / "cwd") == folder and "ninja" in (process / "comm").read_text()
+            if compiles or any(_target(file) == wanted for file in (process / "fd").iterdir()):
+                return _named(process.name)
+    return None
+
+
+def _named(process: int | str) -> str:
+    return f"process {process} on {os.uname().nodename}"
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed meanwhile
+        return ""

@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 
 from pipeline.errors import ConfigError, LostContactError, UserError
 from pipeline.files import PACKAGE
-from pipeline.training.operators import clear_stale_locks
+from pipeline.training import operators
 
 LOCK_WAIT_S, OTHER_JOB_WAIT_S = 60.0, 5.0
 TIMEOUT_VARIABLE = "CLKD_COLLECTIVE_TIMEOUT_S"
@@ -115,7 +115,7 @@ def start_distributed() -> None:
     }
     if "RANK" not in os.environ:
         os.environ.update(alone)
-    clear_stale_locks()
+    operators.prepare()
     timeout = collective_timeout()
     # DeepSpeed forms the expert groups without a timeout: they get torch's default, half an hour with gloo.
     distributed_c10d.default_pg_timeout = timeout

@@ -23,7 +23,7 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Import):
             yield from ((a.name, "") for a in node.names if a.name.split(".")[0] == "pipeline")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
-            yield from ((str(node.module), a.name) for a in node.names)
+            yield from ((str(node.module), a.name) for a in node.names if a.name != "__version__")
 
 
 def place(path: Path) -> str:

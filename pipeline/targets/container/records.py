@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from pipeline.errors import StoreError
 from pipeline.files import differences, listed
-from pipeline.targets.codecs import Bytes
 from pipeline.targets.container.folders import Folder, folder_at
 from pipeline.targets.container.shards import (
+    Bytes,
     CommitRecord,
     Kind,
     ShardDamagedError,

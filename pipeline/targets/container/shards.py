@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from pipeline.errors import StoreError
-from pipeline.targets.codecs import Bytes
 from pipeline.targets.container.folders import Folder
 
 FORMAT_VERSION = 3
 
+Bytes = NDArray[np.uint8]
 Kind = Literal["targets", "sketches"]
 """Soft targets (one row per answer token), or feature sketches (one row per image cell and answer token)."""
 

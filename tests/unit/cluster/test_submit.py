@@ -1,6 +1,7 @@
 """The chain of a recipe as jobs, without a Slurm: order, what depends on what, options, and what a log says last."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,15 @@ def test_ranks_of_a_job():
     assert submit.ranks_of(train, ["--nodes=4", "--time=1:00"]) == 32
     assert submit.ranks_of(train, ["-N", "2-3", "--ntasks-per-node=4"]) == 12
     assert submit.ranks_of("slurm/hardness.sbatch", []) == 1
+
+
+def test_jobs_run_in_the_environment_that_submits_unless_told_otherwise(monkeypatch, tmp_path):
+    monkeypatch.delenv("CLKD_VENV", raising=False)
+    assert submit.environment_of(tmp_path) == sys.prefix
+    (tmp_path / ".venv").mkdir()
+    assert submit.environment_of(tmp_path) == str(tmp_path / ".venv")
+    monkeypatch.setenv("CLKD_VENV", "/site/venv")
+    assert submit.environment_of(tmp_path) == "/site/venv"
 
 
 def test_options_for_a_kind_and_for_one_stage():
