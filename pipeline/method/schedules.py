@@ -18,7 +18,7 @@ class Schedules:
 
     def samples(self, step: int) -> int:
         """Samples seen before this step."""
-        return step * self._job.global_batch_size
+        return step * self._job.batch.global_size
 
     def tau(self, step: int) -> float:
         """Share of training done before this step, in samples."""

@@ -61,8 +61,9 @@ class Trainer:
         self.head = FusedHead(self.engine.module)
         self.probe = moe.RouterProbe(self.engine.module) if has_experts else None
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
-        self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
-        self.cells = CellWords(self.processor) if job.vision_words > 0 else None
+        aligned = recipe.word_alignment(name) > 0
+        self.vision = VisionProbe(self.engine.module) if aligned else None
+        self.cells = CellWords(self.processor) if aligned else None
         self.step, self.values = 0, dict[str, Any]()
         self.template = (
             export.template_files(recipe.model_dir(job.init), recipe.processor_dir) if self.rank == 0 else None
@@ -70,7 +71,7 @@ class Trainer:
         window_steps = (job.curriculum or CurriculumConfig()).window_steps
         self.plan = WindowPlan(
             len(self.samples),
-            job.global_batch_size,
+            job.batch.global_size,
             window_steps,
             recipe.run.seed,
             job.curriculum,
@@ -84,7 +85,7 @@ class Trainer:
         model = loading.load_model(folder, attention=loading.batch_attention())
         compatibility.check_compatible(model, self.processor)
         compatibility.check_own_files(folder, self.processor, self.recipe.data)
-        if self.job.activation_checkpointing:
+        if self.job.performance.activation_checkpointing:
             moe.enable_activation_checkpointing(model)
         loading.freeze(model, self.job.trainable)
         wanted = self.job.distill.active_features if self.job.distill else None
@@ -112,7 +113,7 @@ class Trainer:
                 finished, stopped = self.step == self.job.steps, stats.sums["stop"] > 0
                 if logger and (finished or stopped or self.step % self.job.log_every == 0):
                     logger.log(self.step, values)
-                if finished or stopped or self.step % self.job.checkpoint_every == 0:
+                if finished or stopped or self.step % self.job.checkpoint.every == 0:
                     self._save()
                 if stopped and not finished:
                     return EXIT_REQUEUE
@@ -152,7 +153,7 @@ class Trainer:
         index_G, percentile_G = self.plan.batch(step)
         alpha_G = self.schedules.alpha(step, percentile_G, self._gap)
         order_G = by_length(self.samples, index_G)
-        positions = curriculum.rank_share(self.job.global_batch_size, self.rank, self.world, self.job.micro_batch_size)
+        positions = curriculum.rank_share(self.job.batch.global_size, self.rank, self.world, self.job.batch.micro_size)
         feature_G = self.schedules.feature_alpha(step, percentile_G, self._gap)
         places = [order_G[p] for p in positions]
         if feature_G is None:
@@ -185,6 +186,7 @@ class Trainer:
             top_k=self.top_k,
             vision=self.vision,
             job=self.job,
+            word_alignment=self.recipe.word_alignment(self.name),
             temperature=self.recipe.targets.temperature,
             beta=beta,
             normaliser=normaliser,
@@ -198,10 +200,10 @@ class Trainer:
         grad_norm = float(norm) if norm is not None else 0.0
         self._refuse_not_finite("gradient norm", grad_norm, micro_batches)
         if self.distillation:
-            most = -(-self.job.global_batch_size // self.world)
+            most = -(-self.job.batch.global_size // self.world)
             self.distillation.learn(stats, self.step, self.job, most, self.engine.device)
         return stats, {
-            "samples": (self.step + 1) * self.job.global_batch_size,
+            "samples": (self.step + 1) * self.job.batch.global_size,
             "lr": lr,
             "grad_norm": grad_norm,
             "competence": self.schedules.competence(self.step) if self.job.curriculum else 1.0,
@@ -226,7 +228,8 @@ class Trainer:
         raise UserError(
             f"job {self.name!r}, step {self.step + 1}: the {what} is {value}. This rank's samples: "
             f"{[i for m in micro_batches for i in m.sample_ids]}. Nothing of this step was saved; the last checkpoint "
-            f"is {saved.name if saved else 'none'}. Lower jobs.{self.name}.lr (now {self.job.lr}) or inspect these."
+            f"is {saved.name if saved else 'none'}. Lower jobs.{self.name}.optimizer.lr, now {self.job.optimizer.lr}, "
+            "or inspect these."
         )
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ class Trainer:
         if self.distillation:
             state |= self.distillation.state_dict()
             arrays |= self.distillation.table.arrays()
-        root, keep = self.dir / "checkpoints", self.job.keep_checkpoints
+        root, keep = self.dir / "checkpoints", self.job.checkpoint.keep
         checkpoint.save(self.engine, root, self.step, state, arrays, keep, self.template)
         if self.rank == 0 and self.distillation:
             self.distillation.table.save(self.dir / "hardness.parquet")
@@ -259,29 +262,38 @@ class Trainer:
             self.distillation.load(loaded.state, loaded.arrays)
 
     def _fingerprint(self) -> dict[str, Any]:
-        return settings(self.job, self.recipe.run.seed) | {"num_samples": len(self.samples)}
+        return settings(self.recipe, self.name) | {"num_samples": len(self.samples)}
 
 
-def settings(job: JobConfig, seed: int) -> dict[str, Any]:
+FREE: dict[str, Any] = {
+    "log_every": True,
+    "batch": {"micro_size"},
+    "moe": {"layer", "native"},
+    "performance": True,
+    "checkpoint": True,
+}
+"""Settings of a job that change no result: how it is spread over ranks, and what it writes down."""
+
+
+def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Settings that define the training's result; how it is spread over ranks is left out on purpose.
 
     So is the kind of MoE layer, unless it drops tokens or has a residual expert: else both compute the same.
     """
-    free = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "activation_checkpointing"}
-    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=free | {"moe_layer", "native_moe"}))
-    native = job.native_moe
-    return values | {
-        "seed": seed,
-        "native_moe": native.model_dump() if native.drop_tokens or native.use_residual else None,
-    }
+    job = recipe.jobs[name]
+    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=FREE))
+    native = job.moe.native
+    if native.drop_tokens or native.use_residual:
+        values["moe"]["native"] = native.model_dump()
+    return values | {"seed": recipe.run.seed, "word_alignment": recipe.word_alignment(name)}
 
 
 def about(recipe: Recipe, name: str, num_samples: int) -> dict[str, Any]:
     """What a model card says of a job besides its settings. Names only: paths mean nothing elsewhere."""
-    data, teacher = recipe.data, recipe.targets.teacher
+    data, distilled = recipe.data, recipe.jobs[name].distill is not None
     return {
         "job": name,
-        "teacher": f"{teacher} ({recipe.model_dir(teacher).name})" if recipe.jobs[name].distill else None,
+        "teacher": f"{recipe.teacher} ({recipe.model_dir(recipe.teacher).name})" if distilled else None,
         "data": {
             "data": f"{recipe.data_root.name}, split {data.train_split}, {num_samples:,} samples",
             "images": f"{data.min_pixels:,} to {data.max_pixels:,} pixels",
@@ -300,18 +312,19 @@ def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping
 
 def _exported(job: JobConfig) -> bool:
     """False, and said, for the one kind of model that no Hugging Face architecture holds."""
-    if job.native_moe.use_residual:
+    if job.moe.native.use_residual:
         print(
-            "native_moe.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
+            "moe.native.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
             "no model is exported and nothing can be evaluated. The checkpoint is complete and training can go on."
         )
-    return not job.native_moe.use_residual
+    return not job.moe.native.use_residual
 
 
 def learning_rate(job: JobConfig, step: int) -> float:
     """Linear warm-up, then a cosine from the peak to `min_lr_share` of it; a function of the share of training done."""
-    tau = (step + 1) / job.steps
-    if tau <= job.warmup_share:
-        return job.lr * tau / job.warmup_share
-    decay = (tau - job.warmup_share) / max(1.0 - job.warmup_share, 1e-9)
-    return job.lr * (job.min_lr_share + (1 - job.min_lr_share) * 0.5 * (1 + math.cos(math.pi * decay)))
+    tau, settings = (step + 1) / job.steps, job.optimizer
+    if tau <= settings.warmup_share:
+        return settings.lr * tau / settings.warmup_share
+    decay = (tau - settings.warmup_share) / max(1.0 - settings.warmup_share, 1e-9)
+    low = settings.min_lr_share
+    return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * decay)))

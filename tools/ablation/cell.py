@@ -32,8 +32,8 @@ from pipeline.files import write_json
 from pipeline.hardness.view import corner_shares
 from pipeline.method.hardness import HardnessTable
 from pipeline.models.loading import compute_device, parameter_counts
-from pipeline.recipe import Recipe, load_recipe
-from pipeline.training import loop as train
+from pipeline.recipe import Recipe, Reference, load_recipe
+from pipeline.training import stage as train
 
 JOB = "student"
 Json = dict[str, Any]
@@ -45,9 +45,8 @@ def trained(recipe: Recipe, folder: Path, ds_config: Path) -> int:
     if train.finished(recipe, JOB, job):
         return 0
     args = [str(folder / "recipe.yaml")]
-    kind, _, name = job.init.partition(".")
-    if kind == "models":
-        clkd(["student", *args, "--model", name])
+    if recipe.is_made(job.init):
+        clkd(["student", *args, "--model", Reference.parse(job.init).name])
     if job.distill or job.curriculum:
         clkd(["hardness", *args])
     if job.hardness.table is not None:

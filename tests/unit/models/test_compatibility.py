@@ -14,13 +14,13 @@ from pipeline.errors import UserError
 from pipeline.method.losses import sparse_kl_per_token
 from pipeline.models.compatibility import check_compatible, check_own_files
 from pipeline.models.loading import load_model, save_model
-from pipeline.recipe import DataConfig, load_recipe
+from pipeline.recipe import load_recipe
 from pipeline.teacher.forward import batch_outputs
 from pipeline.teacher.stage import run_pass
 from tests.helpers.teacher_run import make_run, parts
-from tests.helpers.tiny_data import make_processor
+from tests.helpers.tiny_data import data, make_processor
 
-DATA = DataConfig()
+DATA = data()
 
 
 @pytest.fixture(scope="module")
