@@ -85,12 +85,12 @@ class StepContext:
     """Token tilt of this step; 0 without H2G."""
     normaliser: float
     """Mean KL weight of past global batches; the current weights are divided by it."""
-    word_alignment: float = 0.0
-    """Weight of the word alignment of image tokens."""
     feature_beta: float = 0.0
     """Tilt on feature rows of this step."""
     feature_normaliser: float = 1.0
     """The same of the feature term's weights."""
+    word_alignment: float = 0.0
+    """Weight of the word alignment of image tokens."""
 
     @property
     def features(self) -> FeatureConfig | None:

@@ -79,7 +79,7 @@ def test_same_corpus_gives_the_same_bytes(folder, tmp_path, image):
 
 def test_vocabulary_bound_holds_and_too_small_a_bound_is_refused(tmp_path, image):
     assert len(train_tokenizer(corpus(image), 330, tmp_path, seed=0)) <= 330
-    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size: 200 does not work"):
+    with pytest.raises(ConfigError, match=r"benchmark\.vocab_size: 200 does not work"):
         train_tokenizer(corpus(image), 200, tmp_path, seed=0)
 
 

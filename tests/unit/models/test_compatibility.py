@@ -128,7 +128,7 @@ def test_a_student_with_fewer_rows_than_its_teacher_learns_from_it(teacher_run: 
     teacher.resize_token_embeddings(teacher.get_output_embeddings().weight.shape[0] + 128, mean_resizing=False)
     batch = collate([processor.encode(samples[0])], processor.pad_id, processor.image_token_id)
     (targets,) = batch_outputs(teacher, batch, recipe.targets, processor.vocab_size).targets.values()
-    student = build(recipe.models["teacher"], processor, seed=4)
+    student = build(recipe.random_models["teacher"], processor, seed=4)
     student.resize_token_embeddings(processor.vocab_size, mean_resizing=False)  # no padding at all
     save_model(student, processor, tmp_path / "student")
     student = load_model(tmp_path / "student")
