@@ -72,7 +72,7 @@ def _hardness(add: Add) -> None:
 
 def _train(add: Add) -> None:
     add("--config", type=Path, metavar="RECIPE", help="the recipe, in place of the first word")
-    add("--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed JSON, see ds_configs/")
+    _deepspeed(add)
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 
 
@@ -94,7 +94,7 @@ def _plan(add: Add) -> None:
     add("--reserve", type=float, default=4.0, metavar="GIB", help="of it that is left alone (4)")
     add("--topology", action="store_true", help="show which ranks form which groups, and plan no memory")
     add("--gpus-per-node", type=int, default=8, metavar="N", help="--topology: GPUs of a node (8)")
-    add("--deepspeed_config", type=Path, default=Path("zero2_ep"), metavar="JSON", help="DeepSpeed JSON (zero2_ep)")
+    _deepspeed(add)
     add("--length", type=int, metavar="N", help="positions of a sequence; default: data.max_length")
     add("--images", type=int, default=1, metavar="N", help="images of a sample (1)")
     add("--answers", type=int, default=128, metavar="N", help="answer tokens of a sample (128)")
@@ -107,27 +107,38 @@ def _plan(add: Add) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="rows of the busiest rank (moe_layer native without dropping: expert) over an even share (1)",
+        help="rows of the busiest rank (moe.layer native without dropping: expert) over an even share (1)",
     )
     add("--json", type=Path, metavar="FILE", help="file that receives the figures")
 
 
 def _run(add: Add) -> None:
-    add("--deepspeed_config", type=Path, default=Path("cpu_smoke"), metavar="JSON", help="DeepSpeed JSON (cpu_smoke)")
+    _deepspeed(add)
     add("--ranks", type=int, default=2, metavar="N", help="training processes on this machine (2)")
 
 
 def _submit(add: Add) -> None:
     add("--from", dest="start", metavar="STAGE", help="only this stage and those after it, done or not")
     add("--dry-run", action="store_true", help="print the commands and submit nothing")
-    add("--workers", type=int, default=8, metavar="N", help="tasks of the teacher's array (8)")
-    add("--with", dest="options", action="append", default=[], metavar="STAGE=OPTIONS", help="more options of sbatch")
-    add("--deepspeed_config", type=Path, default=Path("zero2_ep"), metavar="JSON", help="DeepSpeed JSON (zero2_ep)")
+    add("--workers", type=int, metavar="N", help="tasks of the teacher's array (the recipe's cluster.teacher_tasks)")
+    add(
+        "--with",
+        dest="options",
+        action="append",
+        default=[],
+        metavar="STAGE=OPTIONS",
+        help="more options of sbatch, after the recipe's cluster.sbatch",
+    )
+    _deepspeed(add)
 
 
 def _record(add: Add) -> None:
     add("--stage", required=True, help="file name of the stage, without the job's name or the array task")
     add("--state", default="RUNNING", help="Slurm's word for the job")
+
+
+def _deepspeed(add: Add) -> None:
+    add("--deepspeed_config", type=Path, metavar="JSON", help="DeepSpeed JSON (the recipe's cluster.deepspeed)")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

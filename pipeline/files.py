@@ -89,12 +89,18 @@ def weights_hash(folder: Path) -> str:
 
 
 def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], names: tuple[str, str]) -> list[str]:
-    """A line with both values for every key of `wanted` that `there` has otherwise; `names`: whose they are."""
-    return [
-        f"{key}: {names[0]} {there.get(key)!r}, {names[1]} {value!r}"
-        for key, value in wanted.items()
-        if there.get(key) != value
-    ]
+    """A line with both values for every key of `wanted` that `there` has otherwise; `names`: whose they are.
+
+    Of groups that both have, the line names the key inside: `optimizer.lr`.
+    """
+    lines: list[str] = []
+    for key, value in wanted.items():
+        found = there.get(key)
+        if isinstance(found, Mapping) and isinstance(value, Mapping):
+            lines += [f"{key}.{line}" for line in differences(found, dict.fromkeys(found) | dict(value), names)]
+        elif found != value:
+            lines.append(f"{key}: {names[0]} {found!r}, {names[1]} {value!r}")
+    return lines
 
 
 def listed(lines: list[str]) -> str:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, Qwen3VLConfig, Qwen3VLForConditionalG
 
 from pipeline.data.processor import Processor
 from pipeline.errors import ConfigError
-from pipeline.recipe import ModelConfig, TextSize, VisionSize
+from pipeline.recipe import RandomModelConfig, TextSize, VisionSize
 
 ROPE_THETA = 10_000.0
 MAX_POSITIONS = 4096
@@ -17,15 +17,12 @@ POSITION_GRID = 16
 VOCAB_MULTIPLE = 64
 
 
-def build(config: ModelConfig, processor: Processor, seed: int) -> Qwen3VLForConditionalGeneration:
+def build(config: RandomModelConfig, processor: Processor, seed: int) -> Qwen3VLForConditionalGeneration:
     """A dense Qwen3-VL with random float32 weights that depend on `config`, the vocabulary and `seed` only.
 
     Raises:
-        ConfigError: `config` has no `text` and `vision`, or sizes that do not fit together (all problems at
-            once).
+        ConfigError: sizes that do not fit together (all problems at once).
     """
-    if config.text is None or config.vision is None:
-        raise ConfigError("a model with random weights needs both `text` and `vision` sizes")
     problems = [
         *_text_problems(config.text),
         *_vision_problems(config.vision, config.text),

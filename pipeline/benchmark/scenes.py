@@ -133,4 +133,4 @@ def _draw(job: _Job) -> None:
 
 def main(recipe: Recipe, options: object) -> None:
     """The stage `scenes`."""
-    write_scenes(recipe.run.dir / "data", recipe.scenes)
+    write_scenes(recipe.run.dir / "data", recipe.required_benchmark.scenes)

@@ -129,7 +129,7 @@ def _train_sentencepiece(lines: Sequence[str], num_pieces: int, seed: int) -> by
             spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, **options)
         except RuntimeError as error:
             raise ConfigError(
-                f"tokenizer.vocab_size: {num_pieces + len(SPECIAL_TOKENS)} does not work for this corpus "
+                f"benchmark.vocab_size: {num_pieces + len(SPECIAL_TOKENS)} does not work for this corpus "
                 f"({str(error).splitlines()[0]}). 256 byte pieces, the corpus's characters and "
                 f"{len(SPECIAL_TOKENS)} special tokens must fit: raise it. Nothing was written."
             ) from None
@@ -198,17 +198,16 @@ def save_image_processor(
 def vision_patches(recipe: Recipe) -> tuple[int, int]:
     """(patch_size, spatial_merge_size) of all random models of the recipe, which read the same pixels."""
     sizes: dict[tuple[int, int], list[str]] = {}
-    for name, model in recipe.models.items():
-        if model.vision is not None:
-            sizes.setdefault((model.vision.patch_size, model.vision.spatial_merge_size), []).append(name)
+    for name, model in recipe.required_benchmark.models.items():
+        sizes.setdefault((model.vision.patch_size, model.vision.spatial_merge_size), []).append(name)
     if len(sizes) > 1:
         listing = "; ".join(f"{names}: {patch}, {merge}" for (patch, merge), names in sizes.items())
         raise ConfigError(
-            "models: teacher and students share one image processor, so vision.patch_size and "
+            "benchmark.models: teacher and students share one image processor, so vision.patch_size and "
             f"vision.spatial_merge_size must agree: {listing}"
         )
-    default = VisionSize()
-    return next(iter(sizes), (default.patch_size, default.spatial_merge_size))
+    fields = VisionSize.model_fields
+    return next(iter(sizes), (fields["patch_size"].default, fields["spatial_merge_size"].default))
 
 
 def write_processor(recipe: Recipe, samples: Sequence[Sample]) -> bool:
@@ -217,7 +216,7 @@ def write_processor(recipe: Recipe, samples: Sequence[Sample]) -> bool:
     Raises:
         ConfigError: the folder was made from another corpus or other settings, or by something else.
     """
-    target = recipe.processor_dir
+    target, vocab_size = recipe.processor_dir, recipe.required_benchmark.vocab_size
     patch_size, merge_size = vision_patches(recipe)
     image = {
         "patch_size": patch_size,
@@ -227,7 +226,7 @@ def write_processor(recipe: Recipe, samples: Sequence[Sample]) -> bool:
     }
     provenance = {
         "corpus": _corpus_hash(samples),
-        "vocab_size": recipe.tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "seed": recipe.run.seed,
         **image,
     }
@@ -239,7 +238,7 @@ def write_processor(recipe: Recipe, samples: Sequence[Sample]) -> bool:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    train_tokenizer(samples, recipe.tokenizer.vocab_size, partial, recipe.run.seed)
+    train_tokenizer(samples, vocab_size, partial, recipe.run.seed)
     save_image_processor(partial, **image)
     (partial / PROVENANCE_FILE).write_text(json.dumps(provenance, indent=2) + "\n")
     partial.rename(target)
@@ -265,8 +264,8 @@ def _check_provenance(target: Path, wanted: dict[str, Any]) -> None:
 
 def main(recipe: Recipe, options: object) -> None:
     """The stage `tokenizer`: train and save one, unless the recipe names an existing one."""
-    if recipe.tokenizer.path:
-        print(f"tokenizer: the recipe uses {recipe.tokenizer.path}; nothing to train")
+    if recipe.data.processor is not None:
+        print(f"tokenizer: the recipe uses {recipe.data.processor}; nothing to train")
         return
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     made = write_processor(recipe, samples)

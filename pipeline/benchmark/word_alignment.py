@@ -44,8 +44,8 @@ class CellWords:
         record = _record(Path(sample.meta["record"]))
         if "objects" not in record:
             raise DataError(
-                f"{sample.meta['record']}: no `objects`: only the embedded scenes have the labels that `vision_words` "
-                "needs. Set jobs.*.vision_words to 0."
+                f"{sample.meta['record']}: no `objects`: only the embedded scenes have the labels that "
+                "`word_alignment` needs. Leave the job out of benchmark.word_alignment."
             )
         merge = self.processor.image_processor.merge_size
         rows, columns = int(grid_13[0, 1]) // merge, int(grid_13[0, 2]) // merge

@@ -19,7 +19,7 @@ from typing import Any
 from pipeline.cluster import local as demo
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Reference
 
 FOLDER = "slurm"
 PROBE_BYTES = 1 << 16
@@ -77,14 +77,15 @@ class ClusterStage:
         return [task for task, state in enumerate(states) if wanted != {key: state.get(key) for key in wanted}]
 
 
-def chain(recipe: Recipe, overrides: Sequence[str] = (), workers: int = 8) -> list[ClusterStage]:
+def chain(recipe: Recipe, overrides: Sequence[str] = (), workers: int | None = None) -> list[ClusterStage]:
     """The recipe's stages in order of need, those of `pipeline.cluster.local`.
 
     Args:
         recipe: with the overrides applied.
         overrides: passed on to every stage.
-        workers: tasks of the teacher's array.
+        workers: tasks of the teacher's array; None: `cluster.teacher_tasks`.
     """
+    workers = recipe.cluster.teacher_tasks if workers is None else workers
     names = [stage.name for stage in demo.plan(recipe, [], Path("unused"), 1)]
     needs = {name: [n for n in _needs(recipe, *_split(name), names) if n in names] for name in names}
     stages: dict[str, ClusterStage] = {}
@@ -113,7 +114,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _job_of_export(recipe: Recipe) -> list[str]:
-    return [f"job={recipe.evaluation.rows[-1].model.removeprefix('jobs.')}"]
+    return [f"job={Reference.parse(recipe.evaluation.rows[-1].model).job}"]
 
 
 def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]:
@@ -123,10 +124,10 @@ def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]
     if kind == "tokenizer":
         return ["scenes"]
     if kind == "model":
-        upcycle = recipe.models[which].upcycle
-        return ["tokenizer", *(_maker(upcycle.source) if upcycle else [])]
+        source = recipe.made_from(f"models.{which}")
+        return ["tokenizer", *(_maker(source) if source else [])]
     if kind == "teacher":
-        return ["tokenizer", *_maker(recipe.targets.teacher)]
+        return ["tokenizer", *_maker(recipe.teacher)]
     if kind == "hardness":
         return ["teacher"]
     if kind == "train":
@@ -141,24 +142,30 @@ def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]
 
 def _maker(reference: str) -> list[str]:
     """The stage that makes what a model reference names; none for a folder."""
-    kind, _, name = reference.partition(".")
-    return [{"models": "model", "jobs": "train"}[kind] + f" {name}"] if kind in ("models", "jobs") else []
+    found = Reference.parse(reference)
+    return [] if found.kind == "folder" else [f"{'train' if found.job else 'model'} {found.name}"]
 
 
 def _settings(recipe: Recipe, kind: str, which: str) -> Any:
     """Settings of one stage that its files depend on, besides those of the stages it needs."""
     everything = json.loads(recipe.model_dump_json())
+    benchmark = everything["benchmark"] or {}
     own = {
-        "scenes": ["scenes"],
-        "tokenizer": ["data", "tokenizer"],
+        "tokenizer": ["data"],
         "teacher": ["targets", "data"],
         "hardness": ["data"],
         "evaluate": ["evaluation", "data"],
         "report": ["evaluation"],
     }
     chosen = {name: everything[name] for name in own.get(kind, [])}
-    if kind in ("model", "train"):
-        chosen[kind] = everything[{"model": "models", "train": "jobs"}[kind]][which]
+    if kind == "scenes":
+        chosen["scenes"] = benchmark["scenes"]
+    if kind == "tokenizer":
+        chosen["vocab_size"] = benchmark["vocab_size"]
+    if kind == "model":
+        chosen["model"] = (everything["models"] | benchmark.get("models", {}))[which]
+    if kind == "train":
+        chosen |= {"train": everything["jobs"][which], "word_alignment": recipe.word_alignment(which)}
     return [chosen, everything["run"]["seed"], everything["run"]["dir"]]
 
 

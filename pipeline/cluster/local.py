@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Reference
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
@@ -53,13 +53,13 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
     def add(name: str, *commands: tuple[str, ...], processes: int = 1) -> None:
         stages.setdefault(name, Stage(name, commands, processes))
 
-    if recipe.data.root is None:
+    if recipe.benchmark and recipe.data.root is None:
         add("scenes", command("scenes"))
-    if recipe.tokenizer.path is None:
+    if recipe.benchmark and recipe.data.processor is None:
         add("tokenizer", command("tokenizer"))
     for name, job in recipe.jobs.items():
-        model = job.init.removeprefix("models.")
-        if job.init.startswith("models.") and recipe.models[model].path is None:
+        if recipe.is_made(job.init):
+            model = Reference.parse(job.init).name
             add(f"model {model}", command("student", "--model", model))
         if job.distill or job.curriculum:
             workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
@@ -69,10 +69,8 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
         add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)
     if recipe.evaluation.rows:
         add("evaluate", command("evaluate"))
-        last = recipe.evaluation.rows[-1].model
-        if last.startswith("jobs."):
-            out = str(recipe.run.dir / "exported")
-            add("export", command("export", "--out", out, f"job={last.removeprefix('jobs.')}"))
+        if (last := Reference.parse(recipe.evaluation.rows[-1].model).job) is not None:
+            add("export", command("export", "--out", str(recipe.run.dir / "exported"), f"job={last}"))
     add("report", command("report"))
     return list(stages.values())
 
@@ -168,4 +166,5 @@ def die_with_parent() -> None:
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The command `run`."""
     recipe_args = [str(options.recipe), *options.overrides]
-    run(plan(recipe, recipe_args, options.deepspeed_config, options.ranks), recipe.run.dir)
+    ds_config = options.deepspeed_config or recipe.cluster.deepspeed
+    run(plan(recipe, recipe_args, ds_config, options.ranks), recipe.run.dir)

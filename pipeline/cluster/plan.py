@@ -36,7 +36,7 @@ from pipeline.models.cost.activations import Kept, Load, Settings, TextShape, Vi
 from pipeline.models.cost.footprint import Spread, State
 from pipeline.models.loading import freeze
 from pipeline.models.topology import read_deepspeed_config
-from pipeline.recipe import JobConfig, Recipe
+from pipeline.recipe import JobConfig, Recipe, Reference
 from pipeline.targets import codecs
 
 GIB = 2**30
@@ -79,14 +79,15 @@ def model_config(recipe: Recipe, ref: str) -> PreTrainedConfig:
     folder = recipe.model_dir(ref)
     if (folder / "config.json").is_file():
         return families.load_config(folder)
-    if ref.startswith("jobs."):
-        return model_config(recipe, recipe.jobs[ref.removeprefix("jobs.")].init)
-    settings = recipe.models.get(ref.removeprefix("models.")) if ref.startswith("models.") else None
-    if settings is not None and settings.upcycle is not None:
-        dense = model_config(recipe, settings.upcycle.source)
-        return upcycling.moe_config(upcycling.plan(dense, settings.upcycle, ref))
-    if settings is not None and settings.text is not None and settings.vision is not None:
-        return random_models.qwen3_vl_config(settings.text, settings.vision, _processor(recipe))
+    reference = Reference.parse(ref)
+    if reference.job is not None:
+        return model_config(recipe, recipe.jobs[reference.job].init)
+    if reference.model in recipe.random_models:
+        sizes = recipe.random_models[reference.name]
+        return random_models.qwen3_vl_config(sizes.text, sizes.vision, _processor(recipe))
+    settings = recipe.models[reference.name].upcycle if reference.model in recipe.models else None
+    if settings is not None:
+        return upcycling.moe_config(upcycling.plan(model_config(recipe, settings.source), settings, ref))
     raise UserError(
         f"{ref}: no config.json in {folder}. Correct the reference, or download the checkpoint's config.json."
     )
@@ -97,7 +98,7 @@ def _processor(recipe: Recipe) -> Any:
     if (recipe.processor_dir / "preprocessor_config.json").is_file():
         return Processor.load(recipe.processor_dir, recipe.data)
     ids = {"pad_id": 0, "eos_id": 1, "image_token_id": 2, "video_token_id": 3}
-    ids |= {"vision_start_id": 4, "vision_end_id": 5, "vocab_size": recipe.tokenizer.vocab_size}
+    ids |= {"vision_start_id": 4, "vision_end_id": 5, "vocab_size": recipe.required_benchmark.vocab_size}
     return SimpleNamespace(**ids, image_processor=SimpleNamespace(temporal_patch_size=2))
 
 
@@ -112,13 +113,13 @@ def worst_load(recipe: Recipe, job: JobConfig, config: PreTrainedConfig, options
     """The largest micro-batch that the data settings allow, unless options say what it is."""
     vision = shapes(config)[1]
     patches = recipe.data.max_pixels // vision.patch_pixels if vision is not None else 0
-    images = options.images * job.micro_batch_size if vision is not None else 0
+    images = options.images * job.batch.micro_size if vision is not None else 0
     return Load(
-        sequences=job.micro_batch_size,
+        sequences=job.batch.micro_size,
         length=options.length or recipe.data.max_length,
         patches=images * patches,
         images=images,
-        answers=options.answers * job.micro_batch_size,
+        answers=options.answers * job.batch.micro_size,
     )
 
 
@@ -144,18 +145,19 @@ def make_plan(
     config = model.config
     freeze(model, job.trainable)
     spread = Spread.from_deepspeed(deepspeed_config.complete(ds_json, job, config, ranks), ranks)
-    if job.moe_layer == "native" and families.moe_layers(config):  # has no block of AutoEP left
+    if job.moe.layer == "native" and families.moe_layers(config):  # has no block of AutoEP left
         spread = replace(spread, expert_parallel=topology.expert_parallel_size(ds_json), experts_apart=True)
     weights = footprint.local_weights(model.named_parameters(), spread)
     text, vision = shapes(config)
+    dropping = job.moe.layer == "native" and job.moe.native.drop_tokens
     settings = Settings(
         bytes=spread.weight_bytes,
         eager_attention=attention == "eager",
-        checkpointing=job.activation_checkpointing,
+        checkpointing=job.performance.activation_checkpointing,
         attention_trains=job.trainable != "mlp_and_router",
         vision_trains=job.trainable == "all",
         on_cpu=on_cpu,
-        slack=job.native_moe.capacity_factor if job.moe_layer == "native" and job.native_moe.drop_tokens else imbalance,
+        slack=job.moe.native.capacity_factor if dropping else imbalance,
         local_experts=text.experts // spread.expert_parallel,
     )
     total, active = loading.parameter_counts(model)
@@ -185,7 +187,7 @@ def remedies(model: Any, setup: Setup, plan: Plan, room: float, options: argpars
     job = setup[0]
     lines: list[str] = []
     for what, changed in _changes(setup, plan):
-        share = changed[0].micro_batch_size / job.micro_batch_size
+        share = changed[0].batch.micro_size / job.batch.micro_size
         load = replace(plan.load, **{part: round(share * getattr(plan.load, part)) for part in PER_SAMPLE})
         try:
             found = _planned(model, changed, load, options)
@@ -205,9 +207,9 @@ def _planned(model: Any, setup: Setup, load: Load, options: argparse.Namespace) 
 def _changes(setup: Setup, plan: Plan) -> Iterator[tuple[str, Setup]]:
     """(what to write, the setup with this and all changes before it)."""
     job, ds_json = setup
-    if not job.activation_checkpointing:
-        job = job.model_copy(update={"activation_checkpointing": True})
-        yield "activation_checkpointing: true", (job, ds_json)
+    if not job.performance.activation_checkpointing:
+        job = _changed(job, "performance", activation_checkpointing=True)
+        yield "performance.activation_checkpointing: true", (job, ds_json)
     for stage in range(plan.spread.stage + 1, 4):
         ds_json = ds_json | {"zero_optimization": ds_json.get("zero_optimization", {}) | {"stage": stage}}
         yield f"zero_optimization.stage {stage}", (job, ds_json)
@@ -216,9 +218,13 @@ def _changes(setup: Setup, plan: Plan) -> Iterator[tuple[str, Setup]]:
         size *= 2
         ds_json = ds_json | {"expert_parallel": ds_json["expert_parallel"] | {"autoep_size": size}}
         yield f"expert_parallel.autoep_size {size}", (job, ds_json)
-    while job.micro_batch_size > 1:
-        job = job.model_copy(update={"micro_batch_size": job.micro_batch_size // 2})
-        yield f"micro_batch_size {job.micro_batch_size}", (job, ds_json)
+    while job.batch.micro_size > 1:
+        job = _changed(job, "batch", micro_size=job.batch.micro_size // 2)
+        yield f"batch.micro_size {job.batch.micro_size}", (job, ds_json)
+
+
+def _changed(job: JobConfig, section: str, **values: Any) -> JobConfig:
+    return job.model_copy(update={section: getattr(job, section).model_copy(update=values)})
 
 
 # -- soft targets ------------------------------------------------------------------------------------------
@@ -344,6 +350,7 @@ def refuse(model: Any, setup: Setup, plan: Plan, room: float, options: argparse.
 def main(recipe: Recipe, options: argparse.Namespace) -> int | None:
     """The command `plan`."""
     name, job = recipe.selected_job()
+    options.deepspeed_config = options.deepspeed_config or recipe.cluster.deepspeed
     ds_json = read_deepspeed_config(options.deepspeed_config)
     if options.topology:
         return show_topology(job, ds_json, model_config(recipe, job.init), options)

@@ -156,7 +156,7 @@ def main(recipe: None, options: argparse.Namespace) -> int:
 
 def _of_run(place: Path, overrides: Sequence[str]) -> tuple[Recipe, list[ClusterStage]]:
     """Recipe and stages of a submission; a run's folder remembers with what it was submitted."""
-    workers = 8
+    workers = None
     if place.is_dir():
         sent = chain.read_submission(place)
         if not sent:

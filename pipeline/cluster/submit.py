@@ -6,7 +6,8 @@
 Stages that are done with the recipe's settings are left out, and of an array the tasks that are. A job starts when the
 jobs that it needs have succeeded; when one fails, those that wait for it are cancelled. `--with` gives a stage's job
 more options of sbatch: `--with train="--nodes=4 --time=12:00:00"` for all training jobs, `--with "train clkd=..."` for
-one. SBATCH_PARTITION, SBATCH_ACCOUNT and the like hold for all jobs.
+one. The recipe's `cluster.sbatch` says the same, before it. SBATCH_PARTITION, SBATCH_ACCOUNT and the like hold for all
+jobs.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from pipeline.recipe import Recipe
 def submit(recipe: Recipe, command: argparse.Namespace) -> None:
     """Send what is missing; prints one line per job."""
     everything = chain.chain(recipe, command.overrides, command.workers)
-    options = stage_options(command.options, [stage.name for stage in everything])
+    options = stage_options(recipe.cluster.sbatch, command.options, [stage.name for stage in everything])
     stages = chosen(everything, command.start)
     todo = {s.name: s.missing(recipe.run.dir) or [0] * bool(command.start) for s in stages}
     for stage in stages:
@@ -76,17 +77,33 @@ def chosen(stages: Sequence[ClusterStage], start: str | None) -> list[ClusterSta
     return list(stages[names.index(start) :])
 
 
-def stage_options(given: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """More options of sbatch by stage name; a first word alone (`train`) means all stages of that kind."""
+def stage_options(recipe: Mapping[str, str], given: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """More options of sbatch by stage name. Of two that contradict each other sbatch takes the later one.
+
+    Args:
+        recipe: `cluster.sbatch`: `all` comes before a kind of stage (`train`), and that before a stage.
+        given: `STAGE=OPTIONS` of the command line, after the recipe's; a first word alone means all of that kind.
+        names: of all stages.
+    """
     options: dict[str, list[str]] = {name: [] for name in names}
+    for who in sorted(recipe, key=lambda who: (who != "all", who in names)):
+        meant = names if who == "all" else _meant(who, names)
+        if not meant:
+            raise ConfigError(f"cluster.sbatch.{who}: no such stage; stages: {list(names)}. Nothing was submitted.")
+        for name in meant:
+            options[name] += shlex.split(recipe[who])
     for text in given:
         who, sign, words = text.partition("=")
-        meant = [name for name in names if who in (name, name.split()[0])]
+        meant = _meant(who, names)
         if not sign or not meant:
             raise ConfigError(f"--with {text!r}: wants STAGE=OPTIONS, a stage of {list(names)}. Nothing was submitted.")
         for name in meant:
             options[name] += shlex.split(words)
     return options
+
+
+def _meant(who: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if who in (name, name.split()[0])]
 
 
 def ranks_of(script: str, options: Sequence[str]) -> int:
@@ -108,12 +125,12 @@ def refuse_uneven(recipe: Recipe, stage: ClusterStage, ranks: int, ds_config: Pa
     if not path.is_file():
         raise ConfigError(f"{path}: no such DeepSpeed config; see ds_configs/. Nothing was submitted.")
     job = recipe.jobs[stage.name.partition(" ")[2]]
-    model = recipe.models.get(job.init.removeprefix("models."))
+    upcycled = [recipe.models[r.name].upcycle for r in recipe.lineage(job.init) if r.model in recipe.models]
     try:
         topology.accumulation_steps(job, ranks)
-        if model and model.upcycle:
+        for upcycle in filter(None, upcycled):
             size = topology.expert_parallel_size(json.loads(path.read_text()))
-            topology.check_expert_parallel_size(size, ranks, model.upcycle.experts)
+            topology.check_expert_parallel_size(size, ranks, upcycle.experts)
     except ConfigError as error:
         raise ConfigError(
             f"stage {stage.name!r}, {ranks} rank(s): {error} --with "
@@ -239,4 +256,6 @@ def _spaced(jobs: Mapping[str, int]) -> str:
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The command `submit`."""
     options.recipe = shipped(options.recipe, "recipes").resolve()  # jobs are told a file, not a name
+    options.workers = options.workers or recipe.cluster.teacher_tasks
+    options.deepspeed_config = options.deepspeed_config or recipe.cluster.deepspeed
     submit(recipe, options)

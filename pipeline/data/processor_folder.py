@@ -30,8 +30,8 @@ def read(path: Path, data: DataConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VL
     """
     if not (path / "preprocessor_config.json").is_file():
         raise UserError(
-            f"{path}: no preprocessor_config.json there. Run `clkd tokenizer "
-            "--config RECIPE.yaml`, or let tokenizer.path name a Qwen3-VL checkpoint folder."
+            f"{path}: no preprocessor_config.json there. Let data.processor name a Qwen3-VL checkpoint folder; the "
+            "embedded benchmark's is made by `clkd tokenizer RECIPE.yaml`."
         )
     bounds: dict[str, Any] = {
         "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},

@@ -57,10 +57,12 @@ def model_card(state: Facts, config: PreTrainedConfig, report: Facts, scores: Ma
 
 def _training(about: Facts, job: Facts) -> str:
     kind = f"distillation from `{about.get('teacher')}`" if job["distill"] else "supervised fine-tuning"
+    optimizer = job["optimizer"]
     order = "hardness-ordered" if job["curriculum"] else "uniform"
     return (
-        f"Trained by {kind}, starting from `{job['init']}`: {job['steps']} steps of {job['global_batch_size']} "
-        f"samples, {job['optimizer']}, peak learning rate {job['lr']:g}, gradient norm at most {job['grad_clip']:g}, "
+        f"Trained by {kind}, starting from `{job['init']}`: {job['steps']} steps of "
+        f"{job['batch']['global_size']} samples, {optimizer['kind']}, peak learning rate {optimizer['lr']:g}, gradient "
+        f"norm at most {optimizer['grad_clip']:g}, "
         f"{order} sampling, seed {job['seed']}.\n"
     )
 

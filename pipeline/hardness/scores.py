@@ -29,7 +29,7 @@ from pipeline.method.pooling import instance_scores
 from pipeline.models import checkpoint_folder, experts, loading
 from pipeline.models.compatibility import check_compatible, check_own_files
 from pipeline.models.families import auto_class, load_config
-from pipeline.recipe import DataConfig, DistillConfig, HardnessConfig, Recipe
+from pipeline.recipe import DataConfig, DistillConfig, HardnessConfig, Recipe, Reference
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 from pipeline.training.batches import MicroBatch, MicroBatches, Request, iterate
@@ -82,11 +82,12 @@ def open_student(recipe: Recipe, ref: str, processor: Processor) -> Student:
     Raises:
         UserError: there is none, or it does not fit the processor.
     """
-    if ref.startswith("models.") and ref.removeprefix("models.") not in recipe.models:
-        raise UserError(f"--student {ref}: no such model; models: {sorted(recipe.models)}")
+    reference, models = Reference.parse(ref), {*recipe.models, *recipe.random_models}
+    if reference.model is not None and reference.model not in models:
+        raise UserError(f"--student {ref}: no such model; models: {sorted(models)}")
     folder = recipe.model_dir(ref)
-    if ref.startswith("jobs.") and not (folder / "config.json").is_file():
-        folder = recipe.job_dir(ref.removeprefix("jobs."))
+    if reference.job is not None and not (folder / "config.json").is_file():
+        folder = recipe.job_dir(reference.job)
     if not folder.exists():
         raise UserError(f"--student {ref}: {folder} does not exist. Name jobs.NAME, models.NAME or a folder.")
     if (folder / "config.json").is_file():

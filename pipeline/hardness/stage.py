@@ -119,7 +119,7 @@ def _fit_map(run: Run, scorer: Scorer, layer: int | None) -> None:
     if sketches is None or scorer.map_RD is not None:
         return
     if layer is None:
-        teacher = load_config(run.recipe.model_dir(run.recipe.targets.teacher)).get_text_config()
+        teacher = load_config(run.recipe.model_dir(run.recipe.teacher)).get_text_config()
         depth = scorer.student.model.config.get_text_config().num_hidden_layers
         layer = matching_layer(depth, teacher.num_hidden_layers, sketches.layer)
     scorer.fit_map(run.samples, layer)

@@ -18,7 +18,7 @@ class Schedules:
 
     def samples(self, step: int) -> int:
         """Samples seen before this step."""
-        return step * self._job.global_batch_size
+        return step * self._job.batch.global_size
 
     def tau(self, step: int) -> float:
         """Share of training done before this step, in samples."""
@@ -26,11 +26,12 @@ class Schedules:
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine from the peak to `min_lr_share` of it; by the share done after this step."""
-        job, tau = self._job, (step + 1) / self._job.steps
-        if tau <= job.warmup_share:
-            return job.lr * tau / job.warmup_share
-        decay = (tau - job.warmup_share) / max(1.0 - job.warmup_share, 1e-9)
-        return job.lr * (job.min_lr_share + (1 - job.min_lr_share) * 0.5 * (1 + math.cos(math.pi * decay)))
+        settings, tau = self._job.optimizer, (step + 1) / self._job.steps
+        if tau <= settings.warmup_share:
+            return settings.lr * tau / settings.warmup_share
+        decay = (tau - settings.warmup_share) / max(1.0 - settings.warmup_share, 1e-9)
+        low = settings.min_lr_share
+        return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * decay)))
 
     def competence(self, step: int) -> float:
         """Share of samples eligible; a sampler's window keeps that of its first step."""

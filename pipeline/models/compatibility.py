@@ -76,7 +76,7 @@ def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> Non
         raise UserError(
             f"{folder}: its own tokenizer or image processor differs from the run's ({processor.origin}).\n  "
             + "\n  ".join(problems)
-            + "\nDistillation needs one of both: take teacher and student from one family, and let tokenizer.path name "
+            + "\nDistillation needs one of both: take teacher and student from one family, and let data.processor name "
             "the folder that both agree with. Nothing was started."
         )
 

@@ -36,7 +36,7 @@ def complete(raw: Mapping[str, Any], job: JobConfig, model_config: PreTrainedCon
     config = copy.deepcopy(dict(raw))
     _fill_batch(config, job, world_size)
     _fill_optimizer(config, job)
-    _fill(config, "gradient_clipping", job.grad_clip, "jobs.*.grad_clip")
+    _fill(config, "gradient_clipping", job.optimizer.grad_clip, "jobs.*.optimizer.grad_clip")
     _fill_experts(config, job, model_config, world_size)
     _refuse_unsupported(config, raw)
     return config
@@ -55,9 +55,9 @@ def _fill(config: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 def _fill_batch(config: dict[str, Any], job: JobConfig, world_size: int) -> None:
     steps = accumulation_steps(job, world_size)
-    _fill(config, "train_batch_size", job.global_batch_size, "global_batch_size")
-    _fill(config, "train_micro_batch_size_per_gpu", job.micro_batch_size, "micro_batch_size")
-    _fill(config, "gradient_accumulation_steps", steps, "global_batch_size / (micro_batch_size x ranks)")
+    _fill(config, "train_batch_size", job.batch.global_size, "jobs.*.batch.global_size")
+    _fill(config, "train_micro_batch_size_per_gpu", job.batch.micro_size, "jobs.*.batch.micro_size")
+    _fill(config, "gradient_accumulation_steps", steps, "batch.global_size / (batch.micro_size x ranks)")
 
 
 def _fill_optimizer(config: dict[str, Any], job: JobConfig) -> None:
@@ -65,12 +65,13 @@ def _fill_optimizer(config: dict[str, Any], job: JobConfig) -> None:
         if key in config:
             raise ConfigError(
                 f"DeepSpeed JSON: remove `{key}`: optimizer and learning rate come from the recipe "
-                f"(here {job.optimizer}, lr {job.lr}). Nothing was started."
+                f"(here {job.optimizer.kind}, lr {job.optimizer.lr}). Nothing was started."
             )
-    params: dict[str, Any] = {"lr": job.lr, "weight_decay": job.weight_decay}
-    if job.optimizer == "adamw":
+    settings = job.optimizer
+    params: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.kind == "adamw":
         # torch's AdamW: DeepSpeed's own ones compile a kernel for a minute at the first start.
-        params |= {"betas": list(job.betas), "eps": 1e-8, "torch_adam": True}
+        params |= {"betas": list(settings.betas), "eps": 1e-8, "torch_adam": True}
         config["optimizer"] = {"type": "AdamW", "params": params}
     else:
         config["optimizer"] = {"type": "SGD", "params": params}
@@ -80,7 +81,7 @@ def _fill_optimizer(config: dict[str, Any], job: JobConfig) -> None:
 
 def _fill_experts(config: dict[str, Any], job: JobConfig, model_config: PreTrainedConfig, world_size: int) -> None:
     """Complete `expert_parallel` for the model's family, or drop it when AutoEP has nothing to do."""
-    if job.moe_layer == "native" and moe_layers(model_config):
+    if job.moe.layer == "native" and moe_layers(model_config):
         _check_native(config, model_config, world_size)
         config.pop("expert_parallel", None)  # it would switch AutoEP on
         return
@@ -120,13 +121,13 @@ def _check_native(config: Mapping[str, Any], model_config: PreTrainedConfig, wor
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage == 3:
         raise ConfigError(
-            "moe_layer native with ZeRO stage 3: DeepSpeed's own MoE layer has no ZeRO-3. "
-            "Use stage 0, 1 or 2, or `moe_layer: autoep`. Nothing was started."
+            "moe.layer native with ZeRO stage 3: DeepSpeed's own MoE layer has no ZeRO-3. "
+            "Use stage 0, 1 or 2, or `moe.layer: autoep`. Nothing was started."
         )
     foreign = sorted(set(config.get("expert_parallel") or {}) - {"enabled", "autoep_size"})
     if foreign:
         raise ConfigError(
-            f"expert_parallel.{foreign[0]} is a setting of AutoEP, but the job says `moe_layer: native`. "
+            f"expert_parallel.{foreign[0]} is a setting of AutoEP, but the job says `moe.layer: native`. "
             f"Take {foreign} out of the DeepSpeed JSON. Nothing was started."
         )
     family = moe_family(model_config)

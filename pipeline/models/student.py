@@ -25,7 +25,7 @@ from pipeline.files import differences, listed, weights_hash
 from pipeline.models import loading, upcycling
 from pipeline.models.families import load_config, without_weights
 from pipeline.models.hf_folder import Building, ShardWriter, TensorFiles, copy_companions, save_config
-from pipeline.recipe import Recipe, UpcycleConfig
+from pipeline.recipe import RandomModelConfig, Recipe, UpcycleConfig
 
 REPORT = "upcycle.json"
 ORIGIN = "origin.json"
@@ -187,15 +187,18 @@ def build_model(recipe: Recipe, name: str) -> Path:
     Raises:
         ConfigError: no such entry. UserError: see `upcycle` and `random_models.build`.
     """
-    if name not in recipe.models:
-        raise ConfigError(f"--model {name}: no such entry; models: {sorted(recipe.models)}")
-    config, dst = recipe.models[name], recipe.model_dir(f"models.{name}")
-    if config.path is not None:
-        return dst
-    if config.upcycle is not None:
-        report = upcycle(recipe.model_dir(config.upcycle.source), dst, config.upcycle, recipe.run.seed)
+    known, dst = {*recipe.models, *recipe.random_models}, recipe.model_dir(f"models.{name}")
+    if name not in known:
+        raise ConfigError(f"--model {name}: no such entry; models: {sorted(known)}")
+    if name in recipe.random_models:
+        _build_random(recipe, recipe.random_models[name], dst)
+    elif (settings := recipe.models[name].upcycle) is not None:
+        report = upcycle(recipe.model_dir(settings.source), dst, settings, recipe.run.seed)
         print(json.dumps(asdict(report), indent=1))
-        return dst
+    return dst
+
+
+def _build_random(recipe: Recipe, config: RandomModelConfig, dst: Path) -> None:
     processor = Processor.load(recipe.processor_dir, recipe.data)
     origin = {
         "settings": config.model_dump(mode="json"),
@@ -206,7 +209,6 @@ def build_model(recipe: Recipe, name: str) -> Path:
         with Building(dst) as folder:
             loading.save_model(random_models.build(config, processor, recipe.run.seed), recipe.processor_dir, folder)
             (folder / ORIGIN).write_text(json.dumps(origin, indent=1))
-    return dst
 
 
 def main(recipe: Recipe, options: argparse.Namespace) -> None:

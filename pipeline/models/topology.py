@@ -18,14 +18,14 @@ from pipeline.recipe import JobConfig
 
 def accumulation_steps(job: JobConfig, ranks: int) -> int:
     """Micro-batches of a rank in an optimizer step. ConfigError when the global batch cannot be shared evenly."""
-    per_pass = job.micro_batch_size * ranks
-    if job.global_batch_size % per_pass:
+    per_pass = job.batch.micro_size * ranks
+    if job.batch.global_size % per_pass:
         raise ConfigError(
-            f"global_batch_size {job.global_batch_size} is not a multiple of micro_batch_size "
-            f"{job.micro_batch_size} x {ranks} rank(s) = {per_pass}. "
+            f"batch.global_size {job.batch.global_size} is not a multiple of batch.micro_size "
+            f"{job.batch.micro_size} x {ranks} rank(s) = {per_pass}. "
             "Change one of them, or the number of ranks. Nothing was started."
         )
-    return job.global_batch_size // per_pass
+    return job.batch.global_size // per_pass
 
 
 def expert_parallel_size(ds_json: Mapping[str, Any]) -> int:

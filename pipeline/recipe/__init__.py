@@ -1,36 +1,29 @@
-"""The recipe: what a run's YAML file may hold, and reading it."""
+"""The recipe: what a run's YAML file may hold, and reading it. A file a section; other folders import from here."""
 
+from pipeline.recipe.base import Count, Fraction, NonNegative, Positive, Section
+from pipeline.recipe.benchmark import BenchmarkConfig, RandomModelConfig, ScenesConfig, TextSize, VisionSize
+from pipeline.recipe.cluster import ClusterConfig
+from pipeline.recipe.curriculum import CurriculumConfig, HardnessConfig
+from pipeline.recipe.data import DataConfig
+from pipeline.recipe.distill import AdaptiveConfig, DistillConfig, FeatureConfig
+from pipeline.recipe.evaluation import EvaluationConfig, EvaluationRow
+from pipeline.recipe.jobs import BatchConfig, CheckpointConfig, JobConfig, OptimizerConfig, PerformanceConfig
 from pipeline.recipe.loading import Arguments, load_recipe, merge, parse_args
-from pipeline.recipe.schema import (
-    AdaptiveConfig,
-    CurriculumConfig,
-    DataConfig,
-    DistillConfig,
-    EvaluationConfig,
-    EvaluationRow,
-    FeatureConfig,
-    Fraction,
-    HardnessConfig,
-    JobConfig,
-    ModelConfig,
-    NativeMoeConfig,
-    Positive,
-    Recipe,
-    RouterConfig,
-    RunConfig,
-    ScenesConfig,
-    Section,
-    SketchConfig,
-    TargetsConfig,
-    TextSize,
-    TokenizerConfig,
-    UpcycleConfig,
-    VisionSize,
-)
+from pipeline.recipe.models import ModelConfig, UpcycleConfig
+from pipeline.recipe.moe import MoeConfig, NativeMoeConfig
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.references import Reference
+from pipeline.recipe.run import RunConfig
+from pipeline.recipe.targets import SketchConfig, TargetsConfig
 
 __all__ = [
     "AdaptiveConfig",
     "Arguments",
+    "BatchConfig",
+    "BenchmarkConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Count",
     "CurriculumConfig",
     "DataConfig",
     "DistillConfig",
@@ -41,17 +34,21 @@ __all__ = [
     "HardnessConfig",
     "JobConfig",
     "ModelConfig",
+    "MoeConfig",
     "NativeMoeConfig",
+    "NonNegative",
+    "OptimizerConfig",
+    "PerformanceConfig",
     "Positive",
+    "RandomModelConfig",
     "Recipe",
-    "RouterConfig",
+    "Reference",
     "RunConfig",
     "ScenesConfig",
     "Section",
     "SketchConfig",
     "TargetsConfig",
     "TextSize",
-    "TokenizerConfig",
     "UpcycleConfig",
     "VisionSize",
     "load_recipe",

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.files import shipped
-from pipeline.recipe.schema import Recipe, Section
+from pipeline.recipe.base import Section
+from pipeline.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,9 @@ def _set_path(raw: dict[str, Any], keys: list[str], value: object) -> None:
 def _explain(error: Any) -> list[str]:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        known = _known_keys(error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        section, key = _section_at(error["loc"][:-1]), str(error["loc"][-1])
+        known = sorted(section.model_fields) if section else []
+        near = difflib.get_close_matches(key, known, n=1) or _further_down(section, key)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {known}"
         return [f"{where}: unknown key; {hint}"]
     if error["type"] == "value_error":
@@ -113,8 +115,8 @@ def _explain(error: Any) -> list[str]:
     return [f"{where}: {error['msg']}, got {error['input']!r}"]
 
 
-def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
-    """Field names of the section at a location of the recipe."""
+def _section_at(loc: tuple[str | int, ...]) -> type[Section] | None:
+    """The section at a location of the recipe."""
     kind: Any = Recipe
     for part in loc:
         section = _section_of(kind)
@@ -122,8 +124,14 @@ def _known_keys(loc: tuple[str | int, ...]) -> list[str]:
             kind = section.model_fields[str(part)].annotation
         else:  # an entry of dict[str, Section] or tuple[Section, ...]
             kind = next(k for k in reversed(get_args(kind)) if k is not Ellipsis)
-    section = _section_of(kind)
-    return sorted(section.model_fields) if section else []
+    return _section_of(kind)
+
+
+def _further_down(section: type[Section] | None, key: str) -> list[str]:
+    """Where a section's own sections have the key: `optimizer.lr` for `lr`."""
+    fields = section.model_fields if section else {}
+    inner = {name: _section_of(field.annotation) for name, field in fields.items()}
+    return [f"{name}.{key}" for name, found in inner.items() if found and key in found.model_fields][:1]
 
 
 def _section_of(kind: Any) -> type[Section] | None:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from pipeline.benchmark.scoring import SLICES, TASKS
 from pipeline.files import write_text
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Reference
 from pipeline.report import plots
 from pipeline.report.data import (
     Json,
@@ -140,7 +140,7 @@ def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
     names = {row.model: row.name for row in results.rows if not row.blind and row.model != teacher}
     if not names:
         names = {f"jobs.{name}": name for name in recipe.jobs if f"jobs.{name}" != teacher}
-    jobs = {ref.removeprefix("jobs."): label for ref, label in names.items() if ref.startswith("jobs.")}
+    jobs = {job: label for ref, label in names.items() if (job := Reference.parse(ref).job) is not None}
     colours = plots.job_colours(len(jobs))
     curves = [
         JobCurves(label, colour, _metrics(recipe.job_dir(name) / "metrics.jsonl"))
@@ -176,7 +176,8 @@ def _hardness_figure(recipe: Recipe, results: Results) -> Json:
     """Histograms before and after training, and how corner cases are spread over the ranks."""
     before = hardness_columns(recipe.run.dir / "hardness.parquet")
     refs = [row.model for row in reversed(results.rows)] + [f"jobs.{name}" for name in reversed(recipe.jobs)]
-    paths = [recipe.job_dir(r.removeprefix("jobs.")) / "hardness.parquet" for r in refs if r.startswith("jobs.")]
+    jobs = [job for ref in refs if (job := Reference.parse(ref).job) is not None]
+    paths = [recipe.job_dir(job) / "hardness.parquet" for job in jobs]
     after_path = next((path for path in paths if path.is_file()), None)
     after = hardness_columns(after_path) if after_path else None
     slices = _try(lambda: train_slices(recipe))

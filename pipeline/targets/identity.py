@@ -23,7 +23,7 @@ def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
     Raises:
         UserError: the teacher is not there.
     """
-    teacher_dir = recipe.model_dir(recipe.targets.teacher)
+    teacher_dir = recipe.model_dir(recipe.teacher)
     if not (teacher_dir / "config.json").is_file():
         raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
     return {

@@ -126,7 +126,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
 def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
     settings = recipe.targets
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    path = recipe.model_dir(settings.teacher)
+    path = recipe.model_dir(recipe.teacher)
     model = load_model(path, dtype, attention=batch_attention(), device_map=settings.device_map)
     check_compatible(model, processor)
     check_own_files(path, processor, recipe.data)

@@ -65,7 +65,7 @@ class Distillation:
         if len(Schedules(job).gap_steps()):
             samples, held_out = hold_out(samples, adaptive.samples, recipe.run.seed)
             table = table.subset([s.sample_id for s in samples])
-            size, temperature = job.micro_batch_size, recipe.targets.temperature
+            size, temperature = job.batch.micro_size, recipe.targets.temperature
             probe = GapProbe(held_out, processor, store, micro_batch_size=size, temperature=temperature)
         gap = ClosingGap(adaptive.ema)
         return cls(samples, store, table, sketches, gap, probe, WeightNormaliser(), WeightNormaliser())

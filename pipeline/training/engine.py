@@ -35,9 +35,9 @@ def start(model: Any, job: JobConfig, ds_json: Mapping[str, Any]) -> Any:
         ConfigError: see `deepspeed_config.complete`, or layers were not converted.
     """
     config = deepspeed_config.complete(ds_json, job, model.config, dist.get_world_size())
-    if job.moe_layer == "native" and moe_layers(model.config):
+    if job.moe.layer == "native" and moe_layers(model.config):
         size = topology.expert_parallel_size(ds_json)
-        native_moe.convert(model, moe.block_paths(model.config), job.native_moe, size, dist.get_rank())
+        native_moe.convert(model, moe.block_paths(model.config), job.moe.native, size, dist.get_rank())
     trainable = [p for p in model.parameters() if p.requires_grad]
     with _plain_lookups():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=trainable, config=config)

@@ -55,7 +55,7 @@ def _requests(setup: Setup, step: int) -> list[Request]:
     feature_G = schedules.feature_alpha(step, percentile_G, setup.gap)
     order_G = by_length(setup.samples, index_G)
     ranks = dist.get_rank(), dist.get_world_size()
-    positions = curriculum.rank_share(job.global_batch_size, *ranks, job.micro_batch_size)
+    positions = curriculum.rank_share(job.batch.global_size, *ranks, job.batch.micro_size)
     places = [order_G[p] for p in positions]
     if feature_G is None:
         return [Request(index_G[p], alpha_G[p]) for p in places]

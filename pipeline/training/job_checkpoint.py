@@ -31,7 +31,7 @@ def save(setup: Setup, step: int, values: Mapping[str, Any]) -> None:
     if setup.distillation:
         state |= setup.distillation.state_dict()
         arrays |= setup.distillation.table.arrays()
-    root, keep = setup.dir / "checkpoints", setup.job.keep_checkpoints
+    root, keep = setup.dir / "checkpoints", setup.job.checkpoint.keep
     checkpoint.save(setup.engine, root, step, state, arrays, keep, setup.template)
     if dist.get_rank() == 0 and setup.distillation:
         setup.distillation.table.save(setup.dir / "hardness.parquet")
@@ -55,4 +55,4 @@ def resume(setup: Setup) -> int:
 
 
 def _fingerprint(setup: Setup) -> dict[str, Any]:
-    return settings(setup.job, setup.recipe.run.seed) | {"num_samples": len(setup.samples)}
+    return settings(setup.recipe, setup.name) | {"num_samples": len(setup.samples)}

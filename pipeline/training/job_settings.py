@@ -7,22 +7,30 @@ from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.files import differences, listed
-from pipeline.recipe import JobConfig, Recipe
+from pipeline.recipe import Recipe
+
+FREE: dict[str, Any] = {
+    "log_every": True,
+    "batch": {"micro_size"},
+    "moe": {"layer", "native"},
+    "performance": True,
+    "checkpoint": True,
+}
+"""Settings of a job that change no result: how it is spread over ranks, and what it writes down."""
 
 
-def settings(job: JobConfig, seed: int) -> dict[str, Any]:
+def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """Settings that define the training's result; how it is spread over ranks is left out on purpose.
 
     The kind of MoE layer is left out too, unless it drops tokens or has a residual expert: otherwise both kinds compute
     the same.
     """
-    free = {"micro_batch_size", "checkpoint_every", "keep_checkpoints", "log_every", "activation_checkpointing"}
-    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=free | {"moe_layer", "native_moe"}))
-    native = job.native_moe
-    return values | {
-        "seed": seed,
-        "native_moe": native.model_dump() if native.drop_tokens or native.use_residual else None,
-    }
+    job = recipe.jobs[name]
+    values: dict[str, Any] = json.loads(job.model_dump_json(exclude=FREE))
+    native = job.moe.native
+    if native.drop_tokens or native.use_residual:
+        values["moe"]["native"] = native.model_dump()
+    return values | {"seed": recipe.run.seed, "word_alignment": recipe.word_alignment(name)}
 
 
 def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -36,10 +44,10 @@ def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping
 
 def about(recipe: Recipe, name: str, num_samples: int) -> dict[str, Any]:
     """What a model card says of a job besides its settings. Names only: paths mean nothing elsewhere."""
-    data, teacher = recipe.data, recipe.targets.teacher
+    data, distilled = recipe.data, recipe.jobs[name].distill is not None
     return {
         "job": name,
-        "teacher": f"{teacher} ({recipe.model_dir(teacher).name})" if recipe.jobs[name].distill else None,
+        "teacher": f"{recipe.teacher} ({recipe.model_dir(recipe.teacher).name})" if distilled else None,
         "data": {
             "data": f"{recipe.data_root.name}, split {data.train_split}, {num_samples:,} samples",
             "images": f"{data.min_pixels:,} to {data.max_pixels:,} pixels",

@@ -46,7 +46,7 @@ def train(setup: Setup, stop: StopFlag) -> int:
             finished, stopped = step == job.steps, stats.sums["stop"] > 0
             if logger and (finished or stopped or step % job.log_every == 0):
                 logger.log(step, values)
-            if finished or stopped or step % job.checkpoint_every == 0:
+            if finished or stopped or step % job.checkpoint.every == 0:
                 job_checkpoint.save(setup, step, values)
             if stopped and not finished:
                 return EXIT_CHECKPOINTED
@@ -80,7 +80,7 @@ def optimize(
     grad_norm = float(norm) if norm is not None else 0.0
     _refuse_not_finite(setup, step, "gradient norm", grad_norm, micro_batches)
     if distillation:
-        most = -(-job.global_batch_size // dist.get_world_size())
+        most = -(-job.batch.global_size // dist.get_world_size())
         distillation.learn(stats, step, job, most, setup.engine.device)
     used = {"lr": lr, "grad_norm": grad_norm, "token_beta": context.beta, "normaliser": context.normaliser}
     if context.features:
@@ -97,6 +97,7 @@ def _context(setup: Setup, step: int) -> StepContext:
         top_k=setup.top_k,
         vision=setup.vision,
         job=setup.job,
+        word_alignment=setup.recipe.word_alignment(setup.name),
         temperature=setup.recipe.targets.temperature,
         beta=schedules.token_beta(step),
         normaliser=distillation.normaliser.value if distillation else 1.0,
@@ -113,7 +114,8 @@ def _refuse_not_finite(setup: Setup, step: int, what: str, value: float, micro_b
     raise UserError(
         f"job {setup.name!r}, step {step + 1}: the {what} is {value}. This rank's samples: "
         f"{[i for m in micro_batches for i in m.sample_ids]}. Nothing of this step was saved; the last checkpoint "
-        f"is {saved.name if saved else 'none'}. Lower jobs.{setup.name}.lr (now {setup.job.lr}) or inspect these."
+        f"is {saved.name if saved else 'none'}. Lower jobs.{setup.name}.optimizer.lr, now "
+        f"{setup.job.optimizer.lr}, or inspect these."
     )
 
 
@@ -123,9 +125,9 @@ def _logger(setup: Setup, step: int) -> contextlib.AbstractContextManager[Metric
 
 def _exported(job: JobConfig) -> bool:
     """Whether the job's model can be exported. Prints why not for the one kind that Hugging Face cannot hold."""
-    if job.native_moe.use_residual:
+    if job.moe.native.use_residual:
         print(
-            "native_moe.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
+            "moe.native.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
             "no model is exported and nothing can be evaluated. The checkpoint is complete and training can go on."
         )
-    return not job.native_moe.use_residual
+    return not job.moe.native.use_residual

@@ -87,7 +87,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
     samples = distillation.samples if distillation else samples
     model_engine = _engine(recipe, name, job, ds_json, processor, distillation)
     model, has_experts = model_engine.module, bool(moe_layers(model_engine.module.config))
-    aligned = job.vision_words > 0
+    aligned = recipe.word_alignment(name) > 0
     folder = recipe.model_dir(job.init)
     return Setup(
         recipe=recipe,
@@ -121,7 +121,7 @@ def _engine(
     model = loading.load_model(folder, attention=loading.batch_attention())
     compatibility.check_compatible(model, processor)
     compatibility.check_own_files(folder, processor, recipe.data)
-    if job.activation_checkpointing:
+    if job.performance.activation_checkpointing:
         loading.enable_activation_checkpointing(model)
     loading.freeze(model, job.trainable)
     wanted = job.distill.active_features if job.distill else None
@@ -136,5 +136,5 @@ def _engine(
 
 def _plan(recipe: Recipe, job: JobConfig, num_samples: int) -> WindowPlan:
     window_steps = (job.curriculum or CurriculumConfig()).window_steps
-    batch, seed = job.global_batch_size, recipe.run.seed
+    batch, seed = job.batch.global_size, recipe.run.seed
     return WindowPlan(num_samples, batch, window_steps, seed, job.curriculum, job.hardness)

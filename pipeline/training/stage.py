@@ -31,12 +31,12 @@ def finished(recipe: Recipe, name: str, job: JobConfig) -> bool:
 def main(recipe: Recipe, options: argparse.Namespace) -> int:
     """Train the job that the recipe's `job` names."""
     name, job = recipe.selected_job()
-    ds_json = read_deepspeed_config(options.deepspeed_config)
+    ds_json = read_deepspeed_config(options.deepspeed_config or recipe.cluster.deepspeed)
     if finished(recipe, name, job):
         saved = checkpoint_folder.latest(recipe.job_dir(name) / "checkpoints")
         if saved is not None:
             fingerprint = checkpoint_folder.read_meta(saved)["state"]["fingerprint"]
-            refuse_other_settings(recipe.job_dir(name), fingerprint, settings(job, recipe.run.seed))
+            refuse_other_settings(recipe.job_dir(name), fingerprint, settings(recipe, name))
         print(f"job {name!r} is finished: {recipe.model_dir(f'jobs.{name}')}")
         return 0
     stop = StopFlag()

@@ -89,6 +89,8 @@ class StepContext:
     """Tilt on feature rows of this step."""
     feature_normaliser: float = 1.0
     """The same of the feature term's weights."""
+    word_alignment: float = 0.0
+    """Weight of the word alignment of image tokens."""
 
     @property
     def features(self) -> FeatureConfig | None:
@@ -199,7 +201,7 @@ def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, s
     assert micro.cells_CV is not None
     loss = cell_loss(features_CD, embeddings_VD, micro.cells_CV, len(micro.sample_ids))
     stats.add(vision=loss.detach())
-    return context.job.vision_words * loss / context.job.global_batch_size
+    return context.word_alignment * loss / context.job.batch.global_size
 
 
 def _measure_hardness(
@@ -264,7 +266,7 @@ def router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, sta
     for layer, (logits_TE, load_E) in enumerate(zip(logits, load_LE, strict=True)):
         balance = losses.balance_loss(logits_TE, valid_T, (load_E / load_E.sum()).float())
         z = losses.router_z_loss(logits_TE, valid_T)
-        total = total + share * (context.job.router.balance * balance + context.job.router.z * z)
+        total = total + share * (context.job.moe.balance * balance + context.job.moe.z * z)
         stats.add(
             **{
                 f"balance/{layer}": balance.detach() * share,

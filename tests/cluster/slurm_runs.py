@@ -15,20 +15,20 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pipeline.recipe import merge
 from pipeline.targets.store import SoftTargetStore
 from tests.cluster.slurm_cluster import Cluster
 from tests.helpers.paths import ROOT
 from tests.ranks.test_train import TINY
 
 STEPS, EVERY = 60, 10
-CLKD = TINY["jobs"]["clkd"] | {"steps": STEPS, "checkpoint_every": EVERY}
 EVALUATION = {
     "limit": 2, "max_new_tokens": 8, "latency_samples": 1, "latency_repeats": 1,
     "rows": [{"name": "teacher", "model": "jobs.teacher"}, {"name": "student", "model": "jobs.clkd"}],
 }  # fmt: skip
 SMALL_STEP = ("--cpus-per-task=1", "--ntasks-per-node=1", "--gpus-per-node=1")
 TWO_NODES = ("--nodes=2", *SMALL_STEP)
-SGD = ("jobs.clkd.optimizer=sgd", "jobs.clkd.lr=1.0", "jobs.clkd.steps=40")
+SGD = ("jobs.clkd.optimizer.kind=sgd", "jobs.clkd.optimizer.lr=1.0", "jobs.clkd.steps=40")
 """AdamW makes a rounding in a small gradient as large as any: on other ranks it is soon another training."""
 CHAIN = (
     "--workers", "2", "--deepspeed_config", "ds_configs/cpu_smoke.json", "--with", f"train={' '.join(TWO_NODES)}",
@@ -38,16 +38,15 @@ CHAIN = (
 def write_recipe(run: Path, steps: int = STEPS, scenes: int = 12, shard_samples: int = 16) -> Path:
     """A whole recipe of tiny models on few scenes."""
     run.mkdir(parents=True, exist_ok=True)
-    recipe = {
+    changes = {
         "run": {"dir": str(run)},
-        **TINY,
-        "scenes": TINY["scenes"] | {"train": scenes},
-        "targets": TINY["targets"] | {"shard_samples": shard_samples},
-        "jobs": {**TINY["jobs"], "clkd": CLKD | {"steps": steps}},
+        "benchmark": {"scenes": {"train": scenes}},
+        "targets": {"shard_samples": shard_samples},
+        "jobs": {"clkd": {"steps": steps, "checkpoint": {"every": EVERY}}},
         "evaluation": EVALUATION,
     }
     path = run.parent / f"{run.name}.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    path.write_text(yaml.safe_dump(merge(TINY, changes), sort_keys=False))
     return path
 
 

@@ -62,7 +62,7 @@ def test_experts_shared_between_nodes(training, undisturbed_sgd, tmp_path, nodes
 
 def test_only_what_is_missing_is_submitted(cluster, chain_run):
     assert submit(cluster, chain_run.training.recipe, *CHAIN).stdout.endswith("nothing is missing\n")
-    stages, commands = sent(cluster, chain_run, "jobs.clkd.lr=0.02")
+    stages, commands = sent(cluster, chain_run, "jobs.clkd.optimizer.lr=0.02")
     assert stages == ["train-clkd", "evaluate", "export", "report"]
     assert "afterok:<train clkd> --kill-on-invalid-dep=yes" in commands.replace("'", "")
     state = chain_run.training.run / "slurm" / "teacher-1.json"

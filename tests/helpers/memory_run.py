@@ -31,7 +31,6 @@ from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from pipeline.method.fused_head import FusedHead, fused_distillation_loss
 from pipeline.models import loading
 from pipeline.models.loading import freeze
-from pipeline.recipe import JobConfig
 from pipeline.training.engine import start
 from tests.helpers import tiny
 
@@ -149,8 +148,8 @@ def run(spec: dict[str, Any]) -> dict[str, float]:
     model = build(spec)
     if spec.get("checkpointing"):
         loading.enable_activation_checkpointing(model)
-    freeze(model, spec["job"].get("trainable", "all"))
-    engine = start(model, JobConfig.model_validate(spec["job"]), spec["deepspeed"])
+    freeze(model, spec["job"]["trainable"])
+    engine = start(model, tiny.job(**spec["job"]), spec["deepspeed"])
     head = FusedHead(engine.module)
     measured = Measured(engine, older)
     with counted_all_to_all() as sent:

@@ -27,10 +27,9 @@ from pipeline.evaluation import generate
 from pipeline.method.fused_head import FusedHead
 from pipeline.models import loading, router
 from pipeline.models.loading import load_model
-from pipeline.recipe import DataConfig
 from pipeline.training import checkpoint, engine_state, step
 from pipeline.training.engine import start
-from tests.helpers import tiny, uneven
+from tests.helpers import tiny, tiny_data, uneven
 
 
 def main(spec: dict[str, Any]) -> None:
@@ -57,15 +56,15 @@ def _start(model: Any, run: dict[str, Any]) -> tuple[Any, step.StepContext]:
         "steps_per_print": 10**9,
     }
     job = tiny.job(
-        global_batch_size=len(uneven.LENGTHS),
-        micro_batch_size=len(uneven.LENGTHS) // dist.get_world_size() // run.get("parts", 1),
-        moe_layer=run["layer"],
-        native_moe=run.get("native", {}),
-        optimizer=run.get("optimizer", "sgd"),
+        global_size=len(uneven.LENGTHS),
+        micro_size=len(uneven.LENGTHS) // dist.get_world_size() // run.get("parts", 1),
+        layer=run["layer"],
+        native=run.get("native", {}),
+        kind=run.get("optimizer", "sgd"),
         lr=run.get("lr", uneven.LR),
         weight_decay=0.0,
         grad_clip=uneven.CLIP,
-        router=uneven.ROUTER,
+        **uneven.ROUTER,
     )
     engine = start(model, job, ds_json)
     if run.get("deepspeeds_clipping"):
@@ -131,7 +130,7 @@ def _generate(run: dict[str, Any]) -> dict[str, Any]:
 
 def _answers(run: dict[str, Any]) -> dict[str, str]:
     folder = Path(run["folder"])
-    processor = Processor.load(folder / "processor", DataConfig())
+    processor = Processor.load(folder / "processor", tiny_data.data())
     engine, _ = _start(load_model(folder / "moe"), run)
     engine.eval()
     samples = uneven.questions(folder / "corpus.png", run["samples"])

@@ -25,7 +25,7 @@ def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int 
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     if experts:
         raw["expert_parallel"] = {"enabled": True, "autoep_size": 1}
-    return start(model, tiny.job(micro_batch_size=4, **job), raw)
+    return start(model, tiny.job(micro_size=4, **job), raw)
 
 
 def train(engine: Any, first: int, last: int) -> list[float]:

@@ -9,13 +9,14 @@ from pipeline.benchmark.random_models import build
 from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.models.loading import load_model, save_model
-from pipeline.recipe import ModelConfig, Recipe, TextSize, VisionSize, load_recipe
-from tests.helpers.tiny_data import corpus, make_processor, save_image
+from pipeline.recipe import RandomModelConfig, Recipe, TextSize, VisionSize, load_recipe
+from tests.helpers.tiny_data import DATA, corpus, make_processor, save_image
 
 SAMPLES, SHARD, TOP_K, TEMPERATURE = 41, 10, 16, 2.0
 TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=8)  # fmt: skip
 VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
+SIZES = RandomModelConfig(text=TEXT, vision=VISION)
 
 
 def write_recipe(run: Path) -> Path:
@@ -24,10 +25,11 @@ def write_recipe(run: Path) -> Path:
         json.dumps(
             {
                 "run": {"dir": str(run), "device": "cpu"},
-                "data": {"format": "chat", "root": str(run / "data"), "train_split": "train"},
-                "models": {"teacher": {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}},
+                "data": {**DATA, "format": "chat", "root": str(run / "data"), "train_split": "train"},
+                "benchmark": {"models": {"teacher": SIZES.model_dump(mode="json")}},
                 "targets": {
                     "teacher": "models.teacher",
+                    "dtype": "float32",
                     "top_k": TOP_K,
                     "temperature": TEMPERATURE,
                     "shard_samples": SHARD,
@@ -56,7 +58,7 @@ def make_run(run: Path) -> Path:
     """A run folder up to the teacher, whose distributions are peaky, as a trained one's."""
     processor = make_processor(run / "processor")
     write_data(run / "data")
-    model = build(ModelConfig(text=TEXT, vision=VISION), processor, seed=0)
+    model = build(SIZES, processor, seed=0)
     model.model.language_model.norm.weight.data.mul_(60.0)
     save_model(model, processor, run / "models" / "teacher")
     return write_recipe(run).parent

@@ -132,18 +132,35 @@ def loss_sum(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     return cross_entropy(logits_NV, labels_BS[:, 1:].flatten(), reduction="sum")
 
 
+SECTIONS = ("optimizer", "batch", "moe", "performance", "checkpoint")
+"""Of a job, whose keys tests write without them: each name is in one of them only."""
+
+
 def job(**changes: object) -> JobConfig:
-    """A job over the four samples, clipping active."""
+    """A job over the four samples, clipping active. `lr=1.0` stands for `optimizer={"lr": 1.0}`, and so on."""
     values: dict[str, object] = {
-        "init": "models.x",
         "steps": 10,
-        "global_batch_size": 4,
-        "micro_batch_size": 2,
+        "trainable": "all",
+        "global_size": 4,
+        "micro_size": 2,
         "lr": 0.01,
         "weight_decay": 0.1,
         "grad_clip": 0.05,
     }
-    return JobConfig.model_validate(values | changes)
+    return JobConfig.model_validate(sections({"init": "models.x", **values, **changes}))
+
+
+def sections(values: dict[str, object]) -> dict[str, object]:
+    """A job's settings as a recipe has them, from keys without their sections."""
+    inner = {name: set(JobConfig.model_fields[name].annotation.model_fields) for name in SECTIONS}
+    nested: dict[str, object] = {name: {} for name in SECTIONS}
+    for key, value in values.items():
+        place = next((name for name in SECTIONS if key in inner[name]), None)
+        if place is None:
+            nested[key] = value
+        else:
+            nested[place][key] = value
+    return nested
 
 
 def reference_run(

@@ -10,6 +10,8 @@ from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.recipe import DataConfig
 
+DATA: dict[str, object] = {"min_pixels": 1024, "max_pixels": 320 * 192, "max_length": 512, "workers": 0}
+"""`data` of recipes whose images have a few tokens."""
 COLOURS = ("red", "white", "yellow", "black")
 OBJECTS = ("car", "truck", "pedestrian", "traffic cone", "overturned trailer")
 PLACES = ("on the left", "in the oncoming lane", "12 m ahead", "at the roadside")
@@ -18,6 +20,11 @@ PROMPTS = (
     "Describe the object in the red rectangle, and explain why it matters.",
     "Give a driving suggestion.",
 )
+
+
+def data(**changes: object) -> DataConfig:
+    """`DATA`, changed."""
+    return DataConfig.model_validate(DATA | changes)
 
 
 def save_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
@@ -60,4 +67,4 @@ def make_processor(folder: Path, *, max_length: int = 512, patch_size: int = 16)
     samples = corpus(save_image(folder.parent / "corpus.png", 64, 64))
     train_tokenizer(samples, 640, folder, seed=0)
     save_image_processor(folder, patch_size=patch_size, merge_size=2, min_pixels=1024, max_pixels=320 * 192)
-    return Processor.load(folder, DataConfig(max_length=max_length))
+    return Processor.load(folder, data(max_length=max_length))

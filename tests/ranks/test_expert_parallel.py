@@ -19,7 +19,7 @@ from pipeline.data.processor import Processor
 from pipeline.evaluation.generate import answers, open_model
 from pipeline.models.loading import save_model
 from pipeline.models.student import upcycle
-from pipeline.recipe import DataConfig, ModelConfig, TextSize, UpcycleConfig, VisionSize
+from pipeline.recipe import RandomModelConfig, TextSize, UpcycleConfig, VisionSize
 from tests.helpers import tiny, tiny_data, uneven
 
 pytestmark = pytest.mark.slow
@@ -86,9 +86,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 def prepare_answers(folder: Path) -> None:
     """A processor and an upcycled model that says something else for every question."""
     processor = tiny_data.make_processor(folder / "processor")
-    text = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8)
+    text = TextSize(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
     vision = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
-    model = build(ModelConfig(text=text, vision=vision), processor, 0)
+    model = build(RandomModelConfig(text=text, vision=vision), processor, 0)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed" not in name:
@@ -172,7 +179,7 @@ def test_generation_equals_one_process_whatever_the_lengths(name: str, launched:
 
 
 def test_answers_are_shared_out_and_equal_one_process(launched: Launched) -> None:
-    processor = Processor.load(launched.folder / "processor", DataConfig())
+    processor = Processor.load(launched.folder / "processor", tiny_data.data())
     model = open_model(launched.folder / "moe", processor, torch.device("cpu"))
     samples = uneven.questions(launched.folder / "corpus.png", SAMPLES)
     wanted = answers(model, processor, samples, batch_size=2, max_new_tokens=uneven.NEW_TOKENS)

@@ -13,12 +13,13 @@ from safetensors.numpy import load_file
 
 from pipeline.method.hardness import HardnessTable
 from pipeline.models import checkpoint_folder
+from pipeline.recipe import merge
 from tests.helpers.paths import HELPERS
-from tests.ranks.test_train import DISTILL, TINY, interrupt, losses, metrics, saved_step, stage, train, weights
+from tests.ranks.test_train import TINY, interrupt, losses, metrics, saved_step, stage, train, weights
 
 pytestmark = pytest.mark.slow
 FEATURES = {"student_layer": 1, "weight": 1.0, "tilt": [-1.0, 1.0], "release_to": 0.7}
-SGD = {"optimizer": "sgd", "lr": 0.5, "router": {"balance": 0.01, "z": 0.001}}
+SGD = {"optimizer": {"kind": "sgd", "lr": 0.5}}
 W = "feature_map.weight"
 
 
@@ -26,12 +27,12 @@ W = "feature_map.weight"
 def prepared(tmp_path_factory):
     """A run folder in which everything before the student's training is made, sketches among it."""
     run = tmp_path_factory.mktemp("run")
-    jobs = TINY["jobs"]
-    recipe = TINY | {
+    changes = {
         "run": {"dir": str(run)},
-        "targets": TINY["targets"] | {"teacher": "models.small", "sketches": {"layer": 1, "dim": 64}},
-        "jobs": jobs | {"clkd": jobs["clkd"] | SGD | {"distill": DISTILL | {"features": FEATURES}}},
+        "targets": {"teacher": "models.small", "sketches": {"layer": 1, "dim": 64}},
+        "jobs": {"clkd": SGD | {"distill": {"features": FEATURES}}},
     }
+    recipe = merge(TINY, changes)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     stage(run, "-m", "pipeline", "scenes")
     stage(run, "-m", "pipeline", "tokenizer")
@@ -93,7 +94,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, uninterrupted):
 
 
 def test_two_ranks_equal_one(run, uninterrupted):
-    train(run, ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    train(run, ds="dense", ranks=1, **{"jobs.clkd.batch.micro_size": 4})
     for name in ("loss", "feature_loss", "feature_hardness", "instance_hardness"):
         assert metrics(run, name) == pytest.approx(metrics(uninterrupted, name), rel=1e-5), name
     wanted = weights(uninterrupted)
@@ -105,7 +106,7 @@ def test_a_job_starts_from_the_table_that_it_names(run):
     stage(run, "-m", "pipeline", "hardness", "--student", "models.small")
     path = run / "hardness" / "models-small.parquet"
     named = {"jobs.clkd.hardness": f"{{table: {path}, dynamic: false}}", "jobs.clkd.steps": 1}
-    train(run, ds="dense", ranks=1, **named, **{"jobs.clkd.micro_batch_size": 4})
+    train(run, ds="dense", ranks=1, **named, **{"jobs.clkd.batch.micro_size": 4})
     arrays = load_file(checkpoint_folder.latest(run / "jobs" / "clkd" / "checkpoints") / "arrays.safetensors")
     wanted, prior = (HardnessTable.load(p).difficulty for p in (path, run / "hardness.parquet"))
     assert np.array_equal(arrays["hardness/difficulty"], wanted)

@@ -20,7 +20,7 @@ from pipeline.data.readers import read_samples
 from pipeline.files import weights_hash
 from pipeline.method.hardness import HardnessTable
 from pipeline.models import checkpoint_folder
-from pipeline.recipe import load_recipe
+from pipeline.recipe import load_recipe, merge
 from pipeline.targets.store import SoftTargetStore
 from pipeline.training.batches import MODEL_INPUTS
 from pipeline.training.validation_gap import hold_out
@@ -31,29 +31,39 @@ STEPS, WINDOW, BATCH = 8, 7, 8
 """An interrupt after step 2 to 6 lies inside the first window; the second is planned from the resumed table."""
 DISTILL = {"token_tilt": [-1.0, 1.0], "alpha_end": 0.0, "release_from": 0.2, "release_to": 0.9}
 """Every part at work within a few steps, and the teacher gone at the end."""
+JOB = {
+    "trainable": "all", "batch": {"global_size": BATCH, "micro_size": 2},
+    "performance": {"activation_checkpointing": False},
+}  # fmt: skip
 TINY = {
-    "scenes": {"train": 12, "val": 2, "test": 4, "width": 128, "height": 96, "workers": 1},
-    "data": {"max_pixels": 128 * 96, "max_length": 256},
-    "tokenizer": {"vocab_size": 400},
-    "models": {
-        "small": {
-            "text": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},
-            "vision": {"hidden_size": 32, "intermediate_size": 48, "depth": 1},
+    "benchmark": {
+        "scenes": {"train": 12, "val": 2, "test": 4, "width": 128, "height": 96, "workers": 1},
+        "vocab_size": 400,
+        "models": {
+            "small": {
+                "text": {
+                    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                    "num_key_value_heads": 2, "head_dim": 16,
+                },
+                "vision": {"hidden_size": 32, "intermediate_size": 48, "depth": 1, "num_heads": 4},
+            },
         },
-        "moe": {"upcycle": {"source": "models.small"}},
+        "word_alignment": {"teacher": 1},
     },
-    "targets": {"teacher": "jobs.teacher", "top_k": 8, "shard_samples": 16},
+    "data": {"min_pixels": 1024, "max_pixels": 128 * 96, "max_length": 256, "workers": 0},
+    "models": {"moe": {"upcycle": {"source": "models.small"}}},
+    "targets": {"teacher": "jobs.teacher", "dtype": "float32", "top_k": 8, "shard_samples": 16},
     "jobs": {
-        "teacher": {"init": "models.small", "steps": 2, "global_batch_size": 8, "micro_batch_size": 2,
-            "vision_words": 1},
+        "teacher": {**JOB, "init": "models.small", "steps": 2, "optimizer": {"lr": 1e-3}},
         "clkd": {
-            "init": "models.moe", "steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 2, "lr": 0.01,
-            "grad_clip": 0.1, "checkpoint_every": 100, "log_every": 1, "distill": DISTILL,
+            **JOB, "init": "models.moe", "steps": STEPS, "log_every": 1,
+            "optimizer": {"lr": 0.01, "grad_clip": 0.1}, "distill": DISTILL,
             "curriculum": {
                 "window_steps": WINDOW, "competence_start": 0.3, "competence_until": 0.5, "tilt": [-1.0, 1.0],
             },
         },
     },
+    "cluster": {"deepspeed": "cpu_smoke"},
 }  # fmt: skip
 
 
@@ -143,7 +153,7 @@ def interrupt(run, after, ranks=2, number=signal.SIGTERM):
     ds = ("cpu_smoke" if ranks == 2 else "dense", 4 // ranks)
     command = [
         sys.executable, *launch, "train.py", "--deepspeed_config", f"ds_configs/{ds[0]}.json",
-        "--config", str(run / "recipe.yaml"), "job=clkd", f"jobs.clkd.micro_batch_size={ds[1]}",
+        "--config", str(run / "recipe.yaml"), "job=clkd", f"jobs.clkd.batch.micro_size={ds[1]}",
     ]  # fmt: skip
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -177,8 +187,8 @@ def test_a_signalled_process_ends_with_85_and_goes_on(run):
 
 
 def test_two_ranks_with_expert_parallelism_equal_one_process(run, uninterrupted):
-    sgd = {"jobs.clkd.optimizer": "sgd", "jobs.clkd.lr": 0.5, "jobs.clkd.router": "{balance: 0.01, z: 0.001}"}
-    train(run, ds="dense", ranks=1, **sgd, **{"jobs.clkd.micro_batch_size": 4})
+    sgd = {"jobs.clkd.optimizer.kind": "sgd", "jobs.clkd.optimizer.lr": 0.5}
+    train(run, ds="dense", ranks=1, **sgd, **{"jobs.clkd.batch.micro_size": 4})
     one, order = (weights(run), losses(run)), last_order(run)
     assert min(metrics(run, "grad_norm")) > 0.1  # clipping is active in every step
     shutil.rmtree(run / "jobs" / "clkd")
@@ -192,7 +202,7 @@ def test_two_ranks_with_expert_parallelism_equal_one_process(run, uninterrupted)
 
 def test_two_ranks_resume_on_one(run, uninterrupted):
     interrupt(run, after=2)
-    train(run, ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    train(run, ds="dense", ranks=1, **{"jobs.clkd.batch.micro_size": 4})
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-4)
     assert torch.equal(last_order(run), last_order(uninterrupted))
 
@@ -200,7 +210,7 @@ def test_two_ranks_resume_on_one(run, uninterrupted):
 def test_deepspeeds_own_moe_layer_goes_on_where_autoep_stopped(run, uninterrupted):
     """Two ranks share the experts in both; the model is exported as after AutoEP."""
     interrupt(run, after=2)
-    train(run, **{"jobs.clkd.moe_layer": "native"})
+    train(run, **{"jobs.clkd.moe.layer": "native"})
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-4)
     last = json.loads((run / "jobs" / "clkd" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["dropped"] == 0.0  # AutoEP has no such metric
@@ -210,7 +220,7 @@ def test_deepspeeds_own_moe_layer_goes_on_where_autoep_stopped(run, uninterrupte
 
 def test_dropped_tokens_are_logged_and_a_residual_model_is_not_exported(run):
     settings = "{drop_tokens: true, capacity_factor: 0.5, use_rts: true, use_residual: true}"
-    done = train(run, **{"jobs.clkd.moe_layer": "native", "jobs.clkd.native_moe": settings})
+    done = train(run, **{"jobs.clkd.moe.layer": "native", "jobs.clkd.moe.native": settings})
     assert 0.3 < min(metrics(run, "dropped")) < 0.8  # of an even share half is kept
     assert "no model is exported" in done.stdout
     assert not (run / "jobs" / "clkd" / "model").exists()
@@ -231,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run):
 
 
 def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
-    burst = {"jobs.clkd.lr": 1e30, "jobs.clkd.checkpoint_every": 1, "jobs.clkd.micro_batch_size": 4}
+    burst = {"jobs.clkd.optimizer.lr": 1e30, "jobs.clkd.checkpoint.every": 1, "jobs.clkd.batch.micro_size": 4}
     done = train(run, ranks=0, ds="dense", check=False, **burst)
     assert done.returncode == 2
     last = checkpoint_folder.latest(run / "jobs" / "clkd" / "checkpoints")
@@ -243,7 +253,7 @@ def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
 
 
 ADAPTIVE = {
-    "lr": 3e-4,  # so that the gap closes little by little
+    "optimizer": {"lr": 3e-4},  # so that the gap closes little by little
     "distill": DISTILL | {"release": "adaptive", "release_from": 0.0, "adaptive": {"samples": 9, "every": 0.25}},
     "hardness": {"dynamic": False},
 }
@@ -251,7 +261,7 @@ ADAPTIVE = {
 
 def make_adaptive(run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    recipe["jobs"]["clkd"] |= ADAPTIVE
+    recipe["jobs"]["clkd"] = merge(recipe["jobs"]["clkd"], ADAPTIVE)
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return run
 
@@ -262,7 +272,7 @@ def adaptive(prepared, tmp_path_factory):
     copy = tmp_path_factory.mktemp("adaptive") / "run"
     shutil.copytree(prepared, copy)
     (copy / "recipe.yaml").write_text(yaml.safe_dump({"run": {"dir": str(copy)}, **TINY}))
-    train(make_adaptive(copy), ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    train(make_adaptive(copy), ds="dense", ranks=1, **{"jobs.clkd.batch.micro_size": 4})
     return copy
 
 
@@ -300,7 +310,7 @@ def test_an_adaptive_release_follows_the_gap_that_transformers_and_the_store_say
 def test_an_adaptive_release_resumes_bit_for_bit(run, adaptive):
     interrupt(make_adaptive(run), after=3, ranks=1)
     assert 3 <= saved_step(run) < STEPS
-    train(run, ds="dense", ranks=1, **{"jobs.clkd.micro_batch_size": 4})
+    train(run, ds="dense", ranks=1, **{"jobs.clkd.batch.micro_size": 4})
     assert release_of(run) == release_of(adaptive)
     assert metrics(run, "gap") == metrics(adaptive, "gap")
     whole, resumed = weights(adaptive), weights(run)
@@ -329,8 +339,8 @@ def test_a_store_of_another_origin_is_refused_with_both_values(run):
     trained, untrained = (weights_hash(run / p) for p in ("jobs/teacher/model", "models/small"))
     refused(run, "teacher_weights", trained, untrained, **{"targets.teacher": "models.small"})
     stage(run, "-m", "pipeline", "tokenizer", **{
-        "run.dir": run / "other", "data.root": run / "data", "tokenizer.vocab_size": 380})  # fmt: skip
-    refused(run, "processor_tokenizer", **{"tokenizer.path": run / "other" / "processor"})
+        "run.dir": run / "other", "data.root": run / "data", "benchmark.vocab_size": 380})  # fmt: skip
+    refused(run, "processor_tokenizer", **{"data.processor": run / "other" / "processor"})
 
 
 def test_an_empty_answer_is_refused_by_its_record_before_anything_starts(run):
@@ -370,18 +380,18 @@ def test_world_size_not_divisible_by_expert_parallel_size(run):
 
 def test_changed_settings_do_not_continue_another_job(run):
     interrupt(run, after=1)
-    done = train(run, check=False, **{"jobs.clkd.lr": 0.02})
+    done = train(run, check=False, **{"jobs.clkd.optimizer.lr": 0.02})
     assert done.returncode != 0
-    assert "lr: checkpoint 0.01, recipe 0.02" in done.stderr
+    assert "optimizer.lr: checkpoint 0.01, recipe 0.02" in done.stderr
 
 
 def test_a_finished_job_is_left_alone_and_other_settings_are_refused(uninterrupted):
     path = uninterrupted / "jobs" / "clkd" / "model" / "export.json"
     before = path.stat().st_mtime_ns
     assert "is finished" in train(uninterrupted, ranks=0, ds="dense").stdout
-    done = train(uninterrupted, ranks=0, ds="dense", check=False, **{"jobs.clkd.lr": 0.02})
+    done = train(uninterrupted, ranks=0, ds="dense", check=False, **{"jobs.clkd.optimizer.lr": 0.02})
     assert done.returncode == 2
-    assert "lr: checkpoint 0.01, recipe 0.02" in done.stderr
+    assert "optimizer.lr: checkpoint 0.01, recipe 0.02" in done.stderr
     assert path.stat().st_mtime_ns == before
 
 

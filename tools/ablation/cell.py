@@ -33,7 +33,7 @@ from pipeline.files import write_json
 from pipeline.hardness.view import corner_shares
 from pipeline.method.hardness import HardnessTable
 from pipeline.models.loading import compute_device, parameter_counts
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe, Reference, load_recipe
 from pipeline.training.stage import finished
 
 JOB = "student"
@@ -46,9 +46,8 @@ def trained(recipe: Recipe, folder: Path, ds_config: Path) -> int:
     if finished(recipe, JOB, job):
         return 0
     args = [str(folder / "recipe.yaml")]
-    kind, _, name = job.init.partition(".")
-    if kind == "models":
-        clkd(["student", *args, "--model", name])
+    if recipe.is_made(job.init):
+        clkd(["student", *args, "--model", Reference.parse(job.init).name])
     if job.distill or job.curriculum:
         clkd(["hardness", *args])
     if job.hardness.table is not None:

@@ -31,7 +31,7 @@ from pipeline.cluster import local as demo
 from pipeline.cluster.local import Stage
 from pipeline.errors import UserError, run_main
 from pipeline.files import weights_hash, write_json, write_text
-from pipeline.recipe import Recipe, merge, parse_args
+from pipeline.recipe import Recipe, Reference, merge, parse_args
 from pipeline.training.job_settings import settings
 from tools.ablation import table
 from tools.ablation.cell import JOB
@@ -129,15 +129,14 @@ def _readers(recipe: Recipe, rows: Mapping[str, Row]) -> dict[Path, list[Row]]:
 
 
 def _scenes(recipe: Recipe, data: int) -> int:
-    return recipe.scenes.train * data // LARGEST
+    return recipe.required_benchmark.scenes.train * data // LARGEST
 
 
 def shared_digest(recipe: Recipe) -> str:
     """Of the settings that what all cells share depends on."""
-    content = recipe.model_dump(mode="json", include={"scenes", "data", "tokenizer", "targets"})
-    models = {name: recipe.models[name].model_dump(mode="json") for name in ("teacher", "student")}
-    jobs = {name: settings(recipe.jobs[name], recipe.run.seed) for name in ("teacher", "base")}
-    return _digest(content | {"models": models, "jobs": jobs, "seed": recipe.run.seed})
+    content = recipe.model_dump(mode="json", include={"benchmark", "data", "targets"})
+    jobs = {name: settings(recipe, name) for name in ("teacher", "base")}
+    return _digest(content | {"jobs": jobs, "seed": recipe.run.seed})
 
 
 # -- cells ----------------------------------------------------------------------------------------------------------
@@ -155,22 +154,23 @@ def _cell(recipe: Recipe, name: str, row: Row, seed: int, weights: Mapping[str, 
     raw = cell_recipe(recipe, row, seed, folder)
     training = {"weights": weights[row.model]} if row.model else _training(recipe, row, raw, weights)
     asked = {"data": recipe.data.model_dump(mode="json"), "evaluation": recipe.evaluation.model_dump(mode="json")}
-    scenes = {split: getattr(recipe.scenes, split) for split in ("val", "test")}
-    results = {s: _digest([training, asked, scenes[s], recipe.scenes.seed, s]) for s in ("val", "test")}
+    drawn = recipe.required_benchmark.scenes
+    scenes = {split: getattr(drawn, split) for split in ("val", "test")}
+    results = {s: _digest([training, asked, scenes[s], drawn.seed, s]) for s in ("val", "test")}
     return Cell(name, seed, folder, raw, {"training": _digest(training), **results})
 
 
 def _training(recipe: Recipe, row: Row, raw: Json, weights: Mapping[str, str]) -> Json:
     """All that a cell's training depends on, without the places of files."""
     cell = Recipe.model_validate(raw)
-    job, start = cell.jobs[JOB], raw["models"].get(cell.jobs[JOB].init.removeprefix("models."), {})
+    job, start = cell.jobs[JOB], cell.models[Reference.parse(cell.jobs[JOB].init).name]
     taught = job.distill is not None or job.curriculum is not None
-    scenes = recipe.scenes.model_dump(exclude={"workers", "val", "test"})
+    scenes = recipe.required_benchmark.scenes.model_dump(exclude={"workers", "val", "test"})
     return {
-        "job": {k: v for k, v in settings(job, cell.run.seed).items() if k != "hardness"},
+        "job": {k: v for k, v in settings(cell, JOB).items() if k != "hardness"},
         "hardness": job.hardness.model_dump(exclude={"table"}) | {"static": row.static},
         "base": weights["base"],
-        "upcycle": {k: v for k, v in (start.get("upcycle") or {}).items() if k != "source"},
+        "upcycle": start.upcycle.model_dump(exclude={"source"}) if start.upcycle else {},
         "teacher": weights["teacher"] if taught else None,
         "targets": {k: v for k, v in raw["targets"].items() if k not in ("store", "teacher")} if taught else None,
         "scenes": scenes | {"used": _scenes(recipe, row.data)},
@@ -181,6 +181,7 @@ def cell_recipe(recipe: Recipe, row: Row, seed: int, folder: Path) -> Json:
     """The recipe of one cell, with the shared files in their places: any stage can be run with it by hand."""
     shared = recipe.run.dir.absolute()
     raw = recipe.model_dump(mode="json", exclude_unset=True)
+    del raw["benchmark"]  # what cells share of it is made already, and they name where it is
     raw["models"] = {
         **raw["models"],
         "teacher": {"path": str(shared / "jobs" / "teacher" / "model")},
@@ -196,8 +197,10 @@ def cell_recipe(recipe: Recipe, row: Row, seed: int, folder: Path) -> Json:
         raw,
         {
             "run": {"dir": str(folder / "run"), "seed": seed},
-            "data": {"root": str(data_root(recipe, row.data).absolute())},
-            "tokenizer": {"path": str(recipe.processor_dir.absolute())},
+            "data": {
+                "root": str(data_root(recipe, row.data).absolute()),
+                "processor": str(recipe.processor_dir.absolute()),
+            },
             "targets": {"teacher": "models.teacher", "store": str(store_dir(recipe, row).absolute()), **row.targets},
         },
     )

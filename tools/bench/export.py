@@ -75,7 +75,9 @@ def make_checkpoint(root: Path, layers: int, dtype: str) -> Path:
     """A checkpoint of a model that is exported in `dtype`, saved by an engine of one rank."""
     start_distributed()
     model = make_model(layers)
-    job = JobConfig(init="models.x", steps=1, global_batch_size=1, micro_batch_size=1, optimizer="sgd")
+    job = JobConfig.model_validate(
+        {"init": "/x", "steps": 1, "batch": {"global_size": 1}, "optimizer": {"kind": "sgd"}}
+    )
     written = model.config.to_dict() | {"dtype": dtype, "architectures": [type(model).__name__]}
     live = engine.start(model, job, {"zero_optimization": {"stage": 0}})
     return checkpoint.save(live, root, 1, {}, {}, 1, {"config.json": json.dumps(written).encode()})

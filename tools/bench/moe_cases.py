@@ -31,8 +31,8 @@ class Case:
     """transformers' implementation of the experts; None where its layer is replaced."""
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     """What is added to the DeepSpeed JSON."""
-    job: Mapping[str, Any] = field(default_factory=dict)
-    """What is added to the job's settings."""
+    moe: Mapping[str, Any] = field(default_factory=dict)
+    """The `moe` of the job."""
     dense: bool = False
     """An MLP in place of the experts, as wide as the experts that one token passes."""
 
@@ -42,7 +42,7 @@ def _expert_parallel(**settings: object) -> dict[str, Any]:
 
 
 def _native(**settings: object) -> dict[str, Any]:
-    return {"moe_layer": "native", "native_moe": settings}
+    return {"layer": "native", "native": settings}
 
 
 BASELINE = "dense"
@@ -55,8 +55,8 @@ CASES: dict[str, Case] = {
     "by_expert": Case("by_expert (ours)", experts=experts.NAME),
     "autoep_loop": Case("AutoEP, loop over experts", deepspeed=_expert_parallel(use_grouped_mm=False)),
     TRAINING: Case("AutoEP, grouped", deepspeed=_expert_parallel(use_grouped_mm=True)),
-    "native": Case("native, no token dropped", deepspeed=_expert_parallel(), job=_native()),
-    "native_drop": Case("native, capacity 1.25", deepspeed=_expert_parallel(), job=_native(drop_tokens=True)),
+    "native": Case("native, no token dropped", deepspeed=_expert_parallel(), moe=_native()),
+    "native_drop": Case("native, capacity 1.25", deepspeed=_expert_parallel(), moe=_native(drop_tokens=True)),
 }
 
 
@@ -152,7 +152,9 @@ def build(size: Size, case: Case, device: torch.device, dtype: torch.dtype, *, l
     if case.experts is not None:
         model.set_experts_implementation(case.experts)
     loading._multiply_patches(model)
-    job = JobConfig(init="models.x", steps=1, global_batch_size=1, micro_batch_size=1, lr=1e-4, **case.job)
+    job = JobConfig.model_validate(
+        {"init": "/x", "steps": 1, "batch": {"global_size": 1}, "optimizer": {"lr": 1e-4}, "moe": case.moe}
+    )
     # One rank sends nothing: no buckets, which by default are larger than small models.
     zero = {"stage": 1, "contiguous_gradients": False}
     raw = {"zero_optimization": zero, "bf16": {"enabled": dtype is torch.bfloat16}, "steps_per_print": 10**9}

@@ -35,7 +35,8 @@ def make_run(folder: Path, scenes: int, overrides: Sequence[str]) -> Recipe:
     """
     logits_only = ["targets.sketches=null", "jobs.clkd.distill.features=null"]
     recipe = load_recipe(DEMO, [f"run.dir={folder}", "targets.teacher=models.teacher", *logits_only, *overrides])
-    draw_scenes(recipe.data_root, scenes, recipe.scenes.width, recipe.scenes.height)
+    drawn = recipe.required_benchmark.scenes
+    draw_scenes(recipe.data_root, scenes, drawn.width, drawn.height)
     write_processor(recipe, read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split))
     return recipe
 
@@ -56,7 +57,7 @@ def draw_scenes(root: Path, count: int, width: int, height: int) -> None:
 def make_model(recipe: Recipe, name: str, vocab: int | None, *, peaky: bool) -> int:
     """Write `models.<name>` with random weights and `vocab` logits (None: the tokenizer's). Returns its parameters."""
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    model = build(recipe.models[name], processor, recipe.run.seed)
+    model = build(recipe.random_models[name], processor, recipe.run.seed)
     if vocab is not None:
         torch.manual_seed(recipe.run.seed)
         model.resize_token_embeddings(vocab, mean_resizing=False)

@@ -100,8 +100,8 @@ class Bench:
 
     def requests(self, first: int, steps: int, alpha: float) -> list[Request]:
         """Micro-batches of consecutive steps, in order."""
-        size, start = self.sft.micro_batch_size, first * self.sft.global_batch_size
-        order = uniform_order(len(self.samples), 0, start, steps * self.sft.global_batch_size)
+        size, start = self.sft.batch.micro_size, first * self.sft.batch.global_size
+        order = uniform_order(len(self.samples), 0, start, steps * self.sft.batch.global_size)
         alpha_B = np.full(size, alpha, np.float32)
         return [Request(order[i : i + size], alpha_B) for i in range(0, len(order), size)]
 
@@ -117,7 +117,7 @@ class Bench:
 
     def _step(self, way: str, stream: Iterator[MicroBatch], timed: Block) -> None:
         started, cpu = time.perf_counter(), time.thread_time()
-        micros = [next(stream) for _ in range(self.sft.global_batch_size // self.sft.micro_batch_size)]
+        micros = [next(stream) for _ in range(self.sft.batch.global_size // self.sft.batch.micro_size)]
         loaded = time.perf_counter()
         if way == "online":
             micros = [self._with_targets(micro) for micro in micros]
@@ -213,7 +213,7 @@ def summarise(blocks: dict[str, list[Block]], reading: Sequence[float]) -> Figur
 def tokens(runner: Bench) -> float:
     """Answer tokens of a step, mean over the data set."""
     mean = statistics.mean(len(runner.store.read(sample_id)) for sample_id in runner.store.sample_ids)
-    return mean * runner.sft.global_batch_size
+    return mean * runner.sft.batch.global_size
 
 
 def main(argv: Sequence[str] | None = None) -> None:

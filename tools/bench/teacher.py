@@ -154,7 +154,7 @@ def make_teacher_run(folder: Path, options: argparse.Namespace) -> tuple[Recipe,
     sizes = {"hidden_size": options.width, "intermediate_size": 3 * options.width, "head_dim": 64,
              "num_hidden_layers": options.layers, "num_attention_heads": max(1, options.width // 64),
              "num_key_value_heads": max(1, options.width // 128)}  # fmt: skip
-    overrides = [f"models.teacher.text.{key}={value}" for key, value in sizes.items()]
+    overrides = [f"benchmark.models.teacher.text.{key}={value}" for key, value in sizes.items()]
     batch_size = options.batch_size
     overrides += [f"targets.batch_size={batch_size}", f"targets.shard_samples={WINDOW_BATCHES * batch_size}"]
     overrides += [f"run.matmul_precision={options.precision}", f"targets.codec={options.codec}"]

@@ -2,7 +2,7 @@
 
     python -m tools.docs.config_reference > docs/CONFIG.md
 
-Meanings are the docstrings in `pipeline/recipe/schema.py`; a test fails when docs/CONFIG.md is behind them.
+Meanings are the docstrings in `pipeline/recipe/`, a file a part; a test fails when docs/CONFIG.md is behind them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,13 @@ INTRO = """\
 
 *Made by `python -m tools.docs.config_reference > docs/CONFIG.md` from `pipeline/recipe/`; do not edit.*
 
-A recipe is one YAML file with these sections. Unknown keys are refused, and all problems are reported at once.
+A recipe is one YAML file with these parts. Unknown keys are refused, and all problems are reported at once.
 `extends: OTHER.yaml` (a path relative to the recipe) inherits from another recipe: mappings are merged, everything
 else is replaced. Any value can be given on the command line as `section.key=value`, in YAML syntax.
 
-`NAME` stands for a name of your choice. A *model reference* is `models.NAME`, `jobs.NAME` (that job's final model) or a
-checkpoint folder.
+`NAME` stands for a name of your choice. A *model reference* is `models.NAME` (also for a name of `benchmark.models`),
+`jobs.NAME` (that job's final model) or a checkpoint folder. Defaults are for full fine-tuning of a pretrained Qwen3-VL
+of 2B to 8B; those of the embedded benchmark are in `benchmark` alone.
 """
 NAMES = {int: "integer", float: "number", str: "text", bool: "true or false", Path: "path", NoneType: "null"}
 BOUNDS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<")}
@@ -39,6 +40,14 @@ class Place:
     path: str
     """Dotted, empty for the recipe itself."""
     section: type[Section]
+
+    @property
+    def heading(self) -> str:
+        """A part of the recipe is a chapter; the sections inside it follow, one level deeper."""
+        if not self.path:
+            return "## The recipe"
+        depth = 2 if "." not in self.path.replace(".NAME", "") else 3
+        return f"{'#' * depth} `{self.path}`"
 
 
 def places(section: type[Section] = Recipe, path: str = "") -> Iterator[Place]:
@@ -103,9 +112,8 @@ def table(place: Place) -> str:
         meaning = field.description or (inner[0].__doc__ if inner else None) or ""
         cells = (f"`{name}`", kind, default_text(field), " ".join(meaning.split()))
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    heading = f"`{place.path}`" if place.path else "The recipe"
     about = " ".join((place.section.__doc__ or "").split())
-    return "\n".join([f"## {heading}", "", about, "", *rows, ""])
+    return "\n".join([place.heading, "", about, "", *rows, ""])
 
 
 def render() -> str:

@@ -54,7 +54,7 @@ def values(job: JobConfig, steps: Sequence[int]) -> Floats:
 def table(name: str, job: JobConfig) -> str:
     """The schedule in eleven lines."""
     steps = [round(tenth * (job.steps - 1) / (ROWS - 1)) for tenth in range(ROWS)]
-    about = f"{job.steps:,} steps of {job.global_batch_size} samples"
+    about = f"{job.steps:,} steps of {job.batch.global_size} samples"
     release = f", release: {job.distill.release}" if job.distill else ""
     lines = [f"{name}: {about}{release}", f"{'samples seen':>14}{'alpha: easy':>13}{'median':>9}{'hard':>9}"]
     lines[1] += f"{'competence':>12}{'tilt':>8}"

@@ -70,7 +70,7 @@ class Spread:
 
     @classmethod
     def from_deepspeed(cls, config: Mapping[str, Any], ranks: int) -> "Spread":
-        """From a DeepSpeed configuration that `moe.prepare_deepspeed_config` has completed."""
+        """From a DeepSpeed configuration that `deepspeed_config.complete` has completed."""
         zero = config.get("zero_optimization", {})
         experts = config.get("expert_parallel") or {}
         stage, apart = int(zero.get("stage", 0)), bool(experts.get("enabled", False))

@@ -8,7 +8,8 @@ from pipeline.benchmark.tokenizer import PROVENANCE_FILE, train_tokenizer, visio
 from pipeline.data.special_tokens import SPECIAL_TOKENS
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import Recipe
-from tests.helpers.tiny_data import corpus, make_sample, save_image
+from tests.helpers.teacher_run import SIZES
+from tests.helpers.tiny_data import DATA, corpus, make_sample, save_image
 
 ODD_TEXTS = [
     "Café 漢字 🚗 — “quoted”…",
@@ -78,7 +79,7 @@ def test_same_corpus_gives_the_same_bytes(folder, tmp_path, image):
 
 def test_vocabulary_bound_holds_and_too_small_a_bound_is_refused(tmp_path, image):
     assert len(train_tokenizer(corpus(image), 330, tmp_path, seed=0)) <= 330
-    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size: 200 does not work"):
+    with pytest.raises(ConfigError, match=r"benchmark\.vocab_size: 200 does not work"):
         train_tokenizer(corpus(image), 200, tmp_path, seed=0)
 
 
@@ -120,7 +121,7 @@ def test_chat_template_is_qwens_format(tokenizer):
 
 
 def recipe(tmp_path, **changes):
-    return Recipe.model_validate({"run": {"dir": tmp_path / "run"}} | changes)
+    return Recipe.model_validate({"run": {"dir": tmp_path / "run"}, "benchmark": changes, "data": DATA})
 
 
 def test_a_finished_folder_is_kept_and_another_corpus_is_refused(tmp_path, image):
@@ -133,7 +134,7 @@ def test_a_finished_folder_is_kept_and_another_corpus_is_refused(tmp_path, image
     with pytest.raises(ConfigError, match=r"corpus: folder '[0-9a-f]{64}', recipe '[0-9a-f]{64}'"):
         write_processor(recipe(tmp_path), samples[1:])
     with pytest.raises(ConfigError, match="vocab_size: folder 640, recipe 500"):
-        write_processor(recipe(tmp_path, tokenizer={"vocab_size": 500}), samples)
+        write_processor(recipe(tmp_path, vocab_size=500), samples)
 
 
 def test_an_interrupted_folder_is_made_again(tmp_path, image):
@@ -158,7 +159,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path, image):
 
 
 def test_models_must_share_their_patches(tmp_path):
-    models = {"teacher": {"text": {}, "vision": {}}, "student": {"text": {}, "vision": {"patch_size": 14}}}
+    teacher = SIZES.model_dump()
+    models = {"teacher": teacher, "student": teacher | {"vision": teacher["vision"] | {"patch_size": 14}}}
     with pytest.raises(ConfigError, match=r"\['teacher'\]: 16, 2; \['student'\]: 14, 2"):
         vision_patches(recipe(tmp_path, models=models))
     del models["teacher"]

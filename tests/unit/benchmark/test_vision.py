@@ -57,7 +57,7 @@ def test_a_record_without_objects_is_refused_with_the_setting_to_change(words, t
     other = tmp_path / "val_0001.json"
     other.write_text(json.dumps(record))
     broken = Sample("1", sample.images, "?", "!", "general", "unknown", None, {"record": str(other)})
-    with pytest.raises(DataError, match=r"no `objects`.*vision_words"):
+    with pytest.raises(DataError, match=r"no `objects`.*word_alignment"):
         words.targets(broken, GRID)
 
 

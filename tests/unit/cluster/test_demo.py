@@ -29,8 +29,8 @@ def test_what_a_stage_needs_comes_before_it():
 
 
 def test_own_data_and_models_skip_what_they_bring():
-    recipe = load_recipe(DEMO, ["data.root=/d", "tokenizer.path=/t", "models.teacher={path: /big}"])
-    assert not {"scenes", "tokenizer", "model teacher"} & set(names(recipe))
+    own = ["data.root=/d", "data.processor=/t", "models.big={path: /big}", "jobs.teacher.init=models.big"]
+    assert not {"scenes", "tokenizer", "model teacher", "model big"} & set(names(load_recipe(DEMO, own)))
 
 
 def test_a_failing_stage_stops_the_chain_and_is_named(tmp_path):

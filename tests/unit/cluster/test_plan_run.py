@@ -35,13 +35,13 @@ def large_recipe(folder: Path) -> Path:
     raw = {
         "run": {"dir": str(folder / "run")},
         "data": {"format": "chat", "root": str(folder), "max_pixels": 602_112, "max_length": 4096},
-        "tokenizer": {"path": str(folder / "8b")},
         "models": {"dense": {"path": str(folder / "8b")}, "moe": {"upcycle": {"source": "models.dense"}}},
         "targets": {"teacher": "models.dense", "top_k": 64},
-        "jobs": {"clkd": {"init": "models.moe", "steps": 2000, "global_batch_size": 256, "micro_batch_size": 2}},
+        "jobs": {"clkd": {"init": "models.moe", "steps": 2000, "trainable": "all"}},
         "job": "clkd",
     }
-    raw["jobs"]["clkd"] |= {"distill": {}}
+    raw["jobs"]["clkd"] |= {"distill": {}, "batch": {"global_size": 256, "micro_size": 2}}
+    raw["jobs"]["clkd"] |= {"performance": {"activation_checkpointing": False}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
     return folder / "recipe.yaml"
 
@@ -49,7 +49,7 @@ def large_recipe(folder: Path) -> Path:
 def test_a_large_job_is_planned_without_its_weights(tmp_path, capsys):
     recipe, out = large_recipe(tmp_path), tmp_path / "plan.json"
     options = ["--gpus", "64", "--gpu-mem", "80", "--samples", "1000", "--tflops", "300", "--json", str(out)]
-    clkd(["plan", str(recipe), *options, "jobs.clkd.activation_checkpointing=true"])
+    clkd(["plan", str(recipe), *options, "jobs.clkd.performance.activation_checkpointing=true"])
     found = json.loads(out.read_text())
     mlp, layers = 3 * 4096 * 12288, 36
     attention = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 2 * 4096 + 2 * 128
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_refused_and_the_advice_helps(tmp_path):
     config = json.loads((ROOT / "ds_configs" / "zero2_ep.json").read_text())
     config["zero_optimization"]["stage"] = int(re.findall(r"stage (\d)", str(advice))[-1])
     (tmp_path / "ds.json").write_text(json.dumps(config))
-    command += ["--deepspeed_config", str(tmp_path / "ds.json"), "jobs.clkd.activation_checkpointing=true"]
+    command += ["--deepspeed_config", str(tmp_path / "ds.json"), "jobs.clkd.performance.activation_checkpointing=true"]
     clkd(["plan", *command])
     with pytest.raises(UserError, match="take more GPUs or a smaller model"):
         clkd(["plan", str(recipe), "--gpus", "64", "--gpu-mem", "5", "--reserve", "1"])

@@ -36,7 +36,7 @@ def test_stages_come_after_what_they_need(recipe_path):
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
-        ("jobs.clkd.lr=0.5", {"train clkd", "evaluate", "export", "report"}),
+        ("jobs.clkd.optimizer.lr=0.5", {"train clkd", "evaluate", "export", "report"}),
         ("targets.top_k=4", {"teacher", "hardness", "train clkd", "evaluate", "export", "report"}),
         ("evaluation.limit=1", {"evaluate", "report"}),
     ],
@@ -78,11 +78,11 @@ def test_jobs_run_in_the_environment_that_submits_unless_told_otherwise(monkeypa
 
 def test_options_for_a_kind_and_for_one_stage():
     found = submit.stage_options(
-        ["train=--nodes=2", "train clkd=--time=9 --mem=1"], ["train a", "train clkd", "teacher"]
+        {}, ["train=--nodes=2", "train clkd=--time=9 --mem=1"], ["train a", "train clkd", "teacher"]
     )
     assert found == {"train a": ["--nodes=2"], "train clkd": ["--nodes=2", "--time=9", "--mem=1"], "teacher": []}
     with pytest.raises(ConfigError, match=r"'tain=-N2': wants STAGE=OPTIONS, a stage of \['train a'\]"):
-        submit.stage_options(["tain=-N2"], ["train a"])
+        submit.stage_options({}, ["tain=-N2"], ["train a"])
     with pytest.raises(ConfigError, match="'nosuch': no such stage"):
         submit.chosen([], "nosuch")
 

@@ -9,13 +9,13 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
+from pipeline.recipe.schema import DataConfig
 
 from pipeline.data.readers import READERS, read_samples
 from pipeline.data.readers.chat import read_chat_jsonl
 from pipeline.data.readers.coda_lm import PROMPTS, read_coda_lm
 from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image
 from pipeline.errors import DataError
-from pipeline.recipe.schema import DataConfig
 
 RECORD = {
     "general_perception": {

@@ -13,8 +13,7 @@ from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
 from pipeline.data.special_tokens import SPECIAL_TOKENS
 from pipeline.errors import DataError, UserError
-from pipeline.recipe import DataConfig
-from tests.helpers.tiny_data import corpus, make_processor, make_sample, save_image
+from tests.helpers.tiny_data import corpus, data, make_processor, make_sample, save_image
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +136,13 @@ def test_sample_without_image_or_with_a_sliver_is_refused(processor, tmp_path):
 def test_identity_changes_with_each_part_and_only_then(processor, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(processor.origin, folder)
-    assert Processor.load(folder, DataConfig(max_length=99)).identity() == processor.identity()
+    assert Processor.load(folder, data(max_length=99)).identity() == processor.identity()
 
-    def differing(data=None):
-        ours, theirs = processor.identity(), Processor.load(folder, data or DataConfig()).identity()
+    def differing(changed=None):
+        ours, theirs = processor.identity(), Processor.load(folder, changed or data()).identity()
         return {key for key in ours if ours[key] != theirs[key]}
 
-    assert differing(DataConfig(max_pixels=64 * 64)) == {"image_processor"}
+    assert differing(data(max_pixels=64 * 64)) == {"image_processor"}
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
     assert differing() == {"chat_template"}
@@ -195,7 +194,7 @@ def save_qwen_like(folder, special_tokens=SPECIAL_TOKENS, template=CHAT_TEMPLATE
 
 def test_reads_a_checkpoint_folder_of_the_family(tmp_path, sample):
     save_qwen_like(tmp_path / "qwen")
-    processor = Processor.load(tmp_path / "qwen", DataConfig(max_pixels=200 * 200))
+    processor = Processor.load(tmp_path / "qwen", data(max_pixels=200 * 200))
     encoded = processor.encode(sample)
     assert processor.decode(encoded.input_ids) == f"user\n{sample.prompt}\nassistant\n{sample.answer}"
     assert encoded.image_grid_thw.prod() * 14 * 14 <= 200 * 200
@@ -204,13 +203,13 @@ def test_reads_a_checkpoint_folder_of_the_family(tmp_path, sample):
 
 def test_unfit_tokenizers_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"none: no preprocessor_config\.json there"):
-        Processor.load(tmp_path / "none", DataConfig())
+        Processor.load(tmp_path / "none", data())
     save_qwen_like(tmp_path / "text_only", special_tokens=SPECIAL_TOKENS[:3])
     with pytest.raises(UserError, match=r"lacks <\|vision_start\|>, <\|vision_end\|>, <\|image_pad\|>"):
-        Processor.load(tmp_path / "text_only", DataConfig())
+        Processor.load(tmp_path / "text_only", data())
     save_qwen_like(tmp_path / "base", template=None)
     with pytest.raises(UserError, match="has no chat template"):
-        Processor.load(tmp_path / "base", DataConfig())
+        Processor.load(tmp_path / "base", data())
     (tmp_path / "base" / "tokenizer.json").write_text("{ torn")
     with pytest.raises(UserError, match="base: cannot read its tokenizer"):
-        Processor.load(tmp_path / "base", DataConfig())
+        Processor.load(tmp_path / "base", data())

@@ -16,8 +16,8 @@ from pipeline.evaluation.results import Row, bars
 from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
-from pipeline.recipe import ModelConfig, TextSize, UpcycleConfig, VisionSize, load_recipe
-from tests.helpers.tiny_data import corpus, make_processor, save_image
+from pipeline.recipe import RandomModelConfig, TextSize, UpcycleConfig, VisionSize, load_recipe
+from tests.helpers.tiny_data import DATA, corpus, make_processor, save_image
 
 TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, head_dim=8)  # fmt: skip
@@ -35,8 +35,9 @@ def write_recipe(run: Path) -> Path:
     sizes = {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}
     recipe = {
         "run": {"dir": str(run), "device": "cpu", "seed": 7},
-        "data": {"format": "chat", "root": str(run / "data"), "test_split": "test"},
-        "models": {"teacher": sizes, "moe": {"upcycle": {"source": "models.teacher"}}},
+        "data": {**DATA, "format": "chat", "root": str(run / "data"), "test_split": "test"},
+        "benchmark": {"models": {"teacher": sizes}},
+        "models": {"moe": {"upcycle": {"source": "models.teacher"}}},
         "targets": {"teacher": "models.teacher"},
         "evaluation": {"rows": rows, "batch_size": 5, "max_new_tokens": NEW_TOKENS, "latency_samples": 2,
                        "latency_repeats": 2},
@@ -74,7 +75,9 @@ def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("evaluate") / "run"
     processor = make_processor(run / "processor")
     write_data(run / "data")
-    save_model(lively(build(ModelConfig(text=TEXT, vision=VISION), processor, 0)), processor, run / "models/teacher")
+    save_model(
+        lively(build(RandomModelConfig(text=TEXT, vision=VISION), processor, 0)), processor, run / "models/teacher"
+    )
     config = UpcycleConfig(source="models.teacher", router_noise=1.0, expert_noise=0.5)
     upcycle(run / "models/teacher", run / "models/moe", config, seed=0)
     write_recipe(run)
@@ -375,7 +378,7 @@ def test_rescoring_does_not_need_the_models(recipe, opened, monkeypatch):
 
 
 def test_all_missing_models_are_named_before_anything_runs(run, tmp_path):
-    recipe = load_recipe(run / "recipe.yaml", [f"run.dir={tmp_path}", f"tokenizer.path={run / 'processor'}"])
+    recipe = load_recipe(run / "recipe.yaml", [f"run.dir={tmp_path}", f"data.processor={run / 'processor'}"])
     with pytest.raises(UserError, match=r"(?s)models\.teacher: .*models\.moe: .*Nothing was evaluated"):
         evaluate(recipe)
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ import torch
 from pipeline.benchmark.random_models import build
 from pipeline.data.collate import collate
 from pipeline.evaluation.likelihood import gold_cross_entropy
-from pipeline.recipe import ModelConfig, TextSize, VisionSize
+from pipeline.recipe import RandomModelConfig, TextSize, VisionSize
 from tests.helpers.tiny_data import corpus, make_processor, save_image
 
 TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -17,7 +17,7 @@ VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=1, num_heads=2)
 def test_padded_batches_give_what_transformers_gives_for_each_sample_alone(tmp_path):
     processor = make_processor(tmp_path / "processor")
     samples = corpus(save_image(tmp_path / "a.png", 64, 64))[:7]
-    model = build(ModelConfig(text=TEXT, vision=VISION), processor, 0).eval()
+    model = build(RandomModelConfig(text=TEXT, vision=VISION), processor, 0).eval()
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed" not in name:

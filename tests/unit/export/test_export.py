@@ -27,9 +27,9 @@ from pipeline.files import weights_hash
 from pipeline.models import checkpoint_folder, loading
 from pipeline.models.hf_folder import DiskLayout
 from pipeline.models.student import upcycle
-from pipeline.recipe import ModelConfig, Recipe, TextSize, UpcycleConfig, VisionSize
+from pipeline.recipe import RandomModelConfig, Recipe, TextSize, UpcycleConfig, VisionSize
 from pipeline.training import checkpoint
-from pipeline.training import loop as train
+from pipeline.training import job_settings as train
 from tests.helpers import single_rank, tiny
 from tests.helpers.paths import HELPERS
 from tests.helpers.tiny_data import corpus, make_processor, save_image
@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Recipe, Any
     recipe = Recipe.model_validate(
         {
             "run": {"dir": str(tmp_path / "run")},
-            "tokenizer": {"path": str(processor)},
+            "data": {"processor": str(processor)},
             "models": {"start": {"path": str(tmp_path / "start")}},
             "jobs": {"x": {"init": "models.start", "steps": 2}},
         }
@@ -65,7 +65,7 @@ def save(recipe: Recipe, engine: Any, step: int) -> Path:
     template = export.template_files(recipe.model_dir(recipe.jobs["x"].init), recipe.processor_dir)
     state = {
         "about": train.about(recipe, "x", 40),
-        "fingerprint": train.settings(recipe.jobs["x"], recipe.run.seed) | {"num_samples": 40},
+        "fingerprint": train.settings(recipe, "x") | {"num_samples": 40},
         **STATE,
     }
     return checkpoint.save(engine, recipe.job_dir("x") / "checkpoints", step, state, {}, 1, template)
@@ -334,7 +334,7 @@ def answering(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]
     processor = make_processor(folder / "processor")
     text = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
     vision = VisionSize(hidden_size=32, intermediate_size=48, depth=1)
-    dense = random_models.build(ModelConfig(text=text, vision=vision), processor, seed=0)
+    dense = random_models.build(RandomModelConfig(text=text, vision=vision), processor, seed=0)
     for name, parameter in dense.named_parameters():
         if "language_model" in name and parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.3)  # logits that differ, so that greedy choices are no near-ties

@@ -22,7 +22,7 @@ from pipeline.hardness.scores import Scorer, matching_layer, open_student
 from pipeline.method import features
 from pipeline.method.hardness import HardnessTable
 from pipeline.models import loading
-from pipeline.recipe import HardnessConfig, ModelConfig, load_recipe
+from pipeline.recipe import HardnessConfig, load_recipe
 from pipeline.targets.container.records import RecordWriter
 from pipeline.targets.identity import dataset_fingerprint, expected_identity
 from pipeline.targets.soft_targets import from_logits
@@ -30,7 +30,7 @@ from pipeline.targets.store import write_targets
 from pipeline.teacher.stage import run_pass
 from pipeline.training import checkpoint
 from tests.helpers import single_rank, tiny
-from tests.helpers.teacher_run import SAMPLES, TEXT, VISION, make_run, parts
+from tests.helpers.teacher_run import SAMPLES, SIZES, make_run, parts
 
 TOP_K = 16
 
@@ -50,11 +50,12 @@ def _make(folder):
     path = run / "recipe.yaml"
     recipe = json.loads(path.read_text())
     recipe["targets"] |= {"temperature": 1.0, "sketches": {"layer": 1, "dim": 64}}
-    recipe["models"]["student"] = recipe["models"]["teacher"]
+    models = recipe["benchmark"]["models"]
+    models["student"] = models["teacher"]
     path.write_text(json.dumps(recipe))
     recipe = load_recipe(path)
     processor = parts(recipe)[0]
-    model = random_models.build(ModelConfig(text=TEXT, vision=VISION), processor, seed=1)
+    model = random_models.build(SIZES, processor, seed=1)
     model.model.language_model.norm.weight.data.mul_(30.0)
     loading.save_model(model, processor, run / "models" / "student")
     run_pass(recipe)

@@ -116,14 +116,14 @@ def engine_with_map(layer: int | None, stage: int = 1, **job: Any) -> StepContex
     if layer is not None:
         features.attach_map(model, DIM, seed=3)
         distill["features"] = {"student_layer": layer, "weight": WEIGHT}
-    settings = {"global_batch_size": SAMPLES, "weight_decay": 0.0, "distill": distill} | job
+    settings = {"global_size": SAMPLES, "weight_decay": 0.0, "distill": distill} | job
     engine = single_rank.engine(model, stage=stage, experts=stage > 0, persistent=0, **settings)
-    config = tiny.job(micro_batch_size=MICRO, **settings)
+    config = tiny.job(micro_size=MICRO, **settings)
     head = FusedHead(engine.module)
     return StepContext(engine, head, None, 2, None, config, 1.0, BETA, NORMALISER, FEATURE_BETA, FEATURE_NORMALISER)
 
 
-SGD = {"optimizer": "sgd", "lr": 0.5, "grad_clip": 0.0}
+SGD = {"kind": "sgd", "lr": 0.5, "grad_clip": 0.0}
 
 
 # -- one process, one sample at a time -----------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_every_zero_stage_trains_like_plain_torch(stage: int, trainable: str) ->
     plain = freeze(tiny.moe_model())
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.5)
-    job = {"optimizer": "sgd", "lr": 0.5, "weight_decay": 0.0, "grad_clip": 0.0}
+    job = {"kind": "sgd", "lr": 0.5, "weight_decay": 0.0, "grad_clip": 0.0}
     engine = single_rank.engine(freeze(tiny.moe_model()), stage=stage, experts=stage > 0, persistent=0, **job)
     head = FusedHead(engine.module)
     for step in range(3):

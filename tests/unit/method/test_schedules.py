@@ -4,7 +4,7 @@ import pytest
 from pipeline.errors import ConfigError
 from pipeline.method.curriculum import competence
 from pipeline.method.schedules import Schedules
-from pipeline.recipe import JobConfig
+from tests.helpers import tiny
 from tests.helpers.paths import RECIPES
 from tools.docs.plot_schedules import main
 
@@ -15,8 +15,8 @@ PERCENTILES = np.linspace(0, 1, 7, dtype=np.float32)
 
 
 def schedules(batch, *, distill=None, curriculum=None):
-    values = {"init": "models.x", "steps": BUDGET // batch, "global_batch_size": batch, "micro_batch_size": 1}
-    return Schedules(JobConfig.model_validate(values | {"distill": distill, "curriculum": curriculum}))
+    settings = {"global_size": batch, "micro_size": 1, "distill": distill, "curriculum": curriculum}
+    return Schedules(tiny.job(steps=BUDGET // batch, **settings))
 
 
 @pytest.mark.parametrize("release", ["cosine", "linear", "step", "constant"])

@@ -15,13 +15,13 @@ from pipeline.errors import UserError
 from pipeline.method.losses import sparse_kl_per_token
 from pipeline.models.compatibility import check_compatible, check_own_files
 from pipeline.models.loading import load_model, save_model
-from pipeline.recipe import DataConfig, load_recipe
+from pipeline.recipe import load_recipe
 from pipeline.teacher.forward import batch_outputs
 from pipeline.teacher.stage import run_pass
 from tests.helpers.teacher_run import make_run, parts
-from tests.helpers.tiny_data import make_processor
+from tests.helpers.tiny_data import data, make_processor
 
-DATA = DataConfig()
+DATA = data()
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_student_with_fewer_rows_than_its_teacher_learns_from_it(teacher_run: 
     teacher.resize_token_embeddings(teacher.get_output_embeddings().weight.shape[0] + 128, mean_resizing=False)
     batch = collate([processor.encode(samples[0])], processor.pad_id, processor.image_token_id)
     (targets,) = batch_outputs(teacher, batch, recipe.targets, processor.vocab_size).targets.values()
-    student = build(recipe.models["teacher"], processor, seed=4)
+    student = build(recipe.random_models["teacher"], processor, seed=4)
     student.resize_token_embeddings(processor.vocab_size, mean_resizing=False)  # no padding at all
     save_model(student, processor, tmp_path / "student")
     student = load_model(tmp_path / "student")

@@ -184,7 +184,7 @@ def test_deepspeed_trains_it_as_one_torch_process_does(dense: Dense, tmp_path: P
     with router.RouterProbe(twin) as probe:
         logits(twin)
         routers = probe.take()
-    engine = single_rank.engine(model, optimizer="sgd", lr=0.5, weight_decay=0.0, grad_clip=0.05)
+    engine = single_rank.engine(model, kind="sgd", lr=0.5, weight_decay=0.0, grad_clip=0.05)
     assert moe.expect_converted(engine, twin.config) == len(routers) == 2
     with torch.no_grad(), router.RouterProbe(engine.module) as probe:
         torch.testing.assert_close(engine(**batch).logits, logits(twin), rtol=0, atol=2e-6)

@@ -14,7 +14,7 @@ from pipeline.models.cost import footprint
 from pipeline.models.cost.activations import Load, Settings, activations
 from pipeline.models.cost.footprint import Spread, Weight
 from pipeline.models.families import DENSE_FAMILIES, auto_class
-from pipeline.recipe import JobConfig, UpcycleConfig
+from pipeline.recipe import UpcycleConfig
 from tests.helpers import memory_run, tiny
 from tests.unit.models import test_families
 
@@ -38,8 +38,8 @@ def spec(
     ranks: int, stage: int, *, ep: int = 1, bf16: bool = False, steps: int = 1, trainable: str = "all", **more: object
 ) -> dict[str, Any]:
     """A run that `memory_run` measures. `steps`: of accumulation."""
-    job = {"init": "models.x", "steps": 5, "micro_batch_size": LOAD["sequences"], "trainable": trainable}
-    job |= {"global_batch_size": LOAD["sequences"] * steps * ranks, "grad_clip": 0.0 if stage == 0 else 1.0}
+    job = {"steps": 5, "micro_size": LOAD["sequences"], "trainable": trainable}
+    job |= {"global_size": LOAD["sequences"] * steps * ranks, "grad_clip": 0.0 if stage == 0 else 1.0}
     zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 300}
     raw = {"zero_optimization": zero, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
     raw["expert_parallel"] = {"enabled": True, "autoep_size": ep}
@@ -53,8 +53,7 @@ def planned(run: dict[str, Any], ranks: int) -> dict[str, int]:
         model = memory_run.build(run)
     images = LOAD["sequences"]
     load = Load(images, LOAD["length"], images * LOAD["side"] ** 2, images, images * LOAD["answers"])
-    job = JobConfig.model_validate(run["job"])
-    job = job.model_copy(update={"activation_checkpointing": run.get("checkpointing", False)})
+    job = tiny.job(**run["job"], activation_checkpointing=run.get("checkpointing", False))
     plan = make_plan(model, job, run["deepspeed"], ranks, load, attention=run["attention"], on_cpu=True)
     parts = {name: getattr(plan.state, name) for name in ("weights", "gradients", "optimizer")}
     return parts | {"activations": plan.kept.saved, "peak": plan.peak, "all_to_all": plan.all_to_all}
@@ -78,7 +77,7 @@ ONE_RANK = {
     "zero3_checkpointing": spec(1, 3, checkpointing=True),
 }
 NATIVE = spec(2, 1, ep=2)
-NATIVE["job"] |= {"moe_layer": "native", "native_moe": {"drop_tokens": True}}
+NATIVE["job"] |= {"layer": "native", "native": {"drop_tokens": True}}
 TWO_RANKS = [spec(2, 1, ep=2, steps=2), spec(2, 2, bf16=True), spec(2, 3, ep=2), NATIVE]
 
 

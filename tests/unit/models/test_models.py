@@ -11,16 +11,17 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.files import weights_hash
 from pipeline.models import loading
 from pipeline.models.compatibility import check_compatible
-from pipeline.recipe import DataConfig, ModelConfig
+from pipeline.recipe import RandomModelConfig
 from tests.helpers import tiny
-from tests.helpers.tiny_data import corpus, make_processor, make_sample, save_image
+from tests.helpers.tiny_data import corpus, data, make_processor, make_sample, save_image
 
-TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 48, "depth": 2, "num_heads": 2}
 
 
 def config(text=None, vision=None):
-    return ModelConfig.model_validate({"text": TEXT | (text or {}), "vision": VISION | (vision or {})})
+    return RandomModelConfig.model_validate({"text": TEXT | (text or {}), "vision": VISION | (vision or {})})
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_saved_folder_loads_with_transformers_alone(model, processor, encoded, f
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     text = "There is a zebra <|im_end|>\n— 12 m ahead."
     assert AutoTokenizer.from_pretrained(str(folder))(text) == processor.tokenizer(text)
-    assert Processor.load(folder, DataConfig()).identity() == processor.identity()
+    assert Processor.load(folder, data()).identity() == processor.identity()
     check_compatible(plain, processor)
 
 

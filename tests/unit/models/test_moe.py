@@ -27,7 +27,7 @@ def prepare(raw: dict[str, Any], ranks: int = 2, model: Any = None, **job: objec
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_complete(path: Path) -> None:
-    config = prepare(json.loads(path.read_text()), ranks=2, micro_batch_size=1)
+    config = prepare(json.loads(path.read_text()), ranks=2, micro_size=1)
     assert config["train_batch_size"] == 4
     assert config["train_micro_batch_size_per_gpu"] == 1
     assert config["gradient_accumulation_steps"] == 2
@@ -59,8 +59,8 @@ def test_dense_model_drops_expert_parallelism() -> None:
         (EP2 | {"scheduler": {"type": "WarmupLR"}}, 2, {}, ["scheduler"]),
         (EP2 | {"fp16": {"enabled": True}}, 2, {}, ["fp16", "bf16"]),
         (EP2 | {"elasticity": {"enabled": True}}, 2, {}, ["remove `elasticity`"]),
-        (EP2, 3, {"global_batch_size": 6}, ["autoep_size 2", "3 ranks"]),
-        (EP2, 2, {"global_batch_size": 6}, ["global_batch_size 6", "= 4"]),
+        (EP2, 3, {"global_size": 6}, ["autoep_size 2", "3 ranks"]),
+        (EP2, 2, {"global_size": 6}, ["batch.global_size 6", "= 4"]),
         (EP2 | {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}, 2, {}, ["stage 0", "bf16", "stage 1"]),
     ],
 )
@@ -73,7 +73,7 @@ def test_refusals_name_both_values(raw: dict[str, Any], ranks: int, job: dict[st
 def test_experts_must_divide() -> None:
     raw = EP2 | {"expert_parallel": {"enabled": True, "autoep_size": 3}}
     with pytest.raises(ConfigError, match=r"autoep_size 3 does not divide the 4 experts"):
-        prepare(raw, ranks=3, global_batch_size=6)
+        prepare(raw, ranks=3, global_size=6)
 
 
 def test_moe_layers() -> None:
@@ -162,7 +162,7 @@ def test_two_ranks_equal_one_process(tmp_path: Path, stage: int, micro_batch: in
         tmp_path,
         2,
         deepspeed=EP2 | {"zero_optimization": {"stage": stage}},
-        job={"optimizer": "sgd", "lr": 1.0, "weight_decay": 0.0, "micro_batch_size": micro_batch},
+        job={"kind": "sgd", "lr": 1.0, "weight_decay": 0.0, "micro_size": micro_batch},
         steps=5,
         checkpointing=checkpointing,
     )

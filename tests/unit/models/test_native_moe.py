@@ -14,16 +14,16 @@ from pipeline.errors import CheckpointError, ConfigError
 from pipeline.method.fused_head import FusedHead
 from pipeline.models import checkpoint_folder, deepspeed_config, router
 from pipeline.models.native_moe import NativeMoe, PaddingMask
-from pipeline.recipe import NativeMoeConfig
+from pipeline.recipe import NativeMoeConfig, Recipe
 from pipeline.training import checkpoint, step, step_metrics
-from pipeline.training import loop as train
+from pipeline.training import job_settings as train
 from tests.helpers import single_rank, tiny, uneven
 
 ROOMY = {"drop_tokens": True, "capacity_factor": 4.0, "eval_capacity_factor": 4.0}
 LAYERS: dict[str, dict[str, Any]] = {
     "autoep": {},
-    "native": {"moe_layer": "native"},
-    "native, capacity for all": {"moe_layer": "native", "native_moe": ROOMY},
+    "native": {"layer": "native"},
+    "native, capacity for all": {"layer": "native", "native": ROOMY},
 }
 
 
@@ -198,14 +198,14 @@ def test_either_layer_goes_on_from_the_others_checkpoint(
 def test_stored_tensors_are_hugging_faces(tmp_path: Path) -> None:
     model = tiny.moe_model()
     wanted = {name: p.detach().clone() for name, p in model.named_parameters()}
-    checkpoint.save(single_rank.engine(model, moe_layer="native"), tmp_path, 0, {}, {}, 1)
+    checkpoint.save(single_rank.engine(model, layer="native"), tmp_path, 0, {}, {}, 1)
     stored = dict(checkpoint_folder.read_parameters(tmp_path / "step-00000000"))
     assert stored.keys() == wanted.keys()
     assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
 
 
 def test_residual_checkpoints_resume_and_fit_nothing_else(tmp_path: Path) -> None:
-    settings = {"moe_layer": "native", "native_moe": {"use_residual": True}}
+    settings = {"layer": "native", "native": {"use_residual": True}}
     engine = single_rank.engine(tiny.moe_model(), **settings)
     before = single_rank.parameters(engine)
     single_rank.train(engine, 0, 2)
@@ -225,7 +225,7 @@ def test_frozen_experts_stay_frozen() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".experts.down_proj" not in name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    engine = single_rank.engine(model, moe_layer="native")
+    engine = single_rank.engine(model, layer="native")
     single_rank.train(engine, 0, 1)
     after = single_rank.parameters(engine)
     assert all(torch.equal(after[n], before[n]) == (".experts.down_proj" in n) for n in before if ".experts." in n)
@@ -243,9 +243,9 @@ def test_one_collapsed_layer_is_seen(layer: str) -> None:
         model.model.visual.merger.linear_fc2.bias[0] = 5.0
         for index, row in ((1, [0.0, 0.0, 0.0, 0.0]), (3, [20.0, 19.0, 0.0, 0.0])):
             model.model.language_model.layers[index].mlp.gate.weight[:, 0] = torch.tensor(row)
-    engine = single_rank.engine(model, router=uneven.ROUTER, **LAYERS[layer])
+    engine = single_rank.engine(model, **uneven.ROUTER, **LAYERS[layer])
     probe = router.RouterProbe(engine.module)
-    job = tiny.job(router=uneven.ROUTER)
+    job = tiny.job(**uneven.ROUTER)
     context = step.StepContext(engine, FusedHead(engine.module), probe, 2, None, job, 1, 0, 1)
     inputs, stats = tiny.global_batch()[0], step.StepStats()
     engine(**inputs)
@@ -262,7 +262,7 @@ def test_one_collapsed_layer_is_seen(layer: str) -> None:
 
 def test_dropped_routes_are_counted_in_the_metrics() -> None:
     native = {"drop_tokens": True, "capacity_factor": 0.5}
-    engine = single_rank.engine(tiny.moe_model().train(), moe_layer="native", native_moe=native)
+    engine = single_rank.engine(tiny.moe_model().train(), layer="native", native=native)
     probe = router.RouterProbe(engine.module)
     inputs, _ = tiny.global_batch()
     routes = 2 * int(inputs["attention_mask"].sum())
@@ -281,7 +281,7 @@ def test_dropped_routes_are_counted_in_the_metrics() -> None:
 @pytest.mark.parametrize(
     ("ds_json", "words"),
     [
-        ({"zero_optimization": {"stage": 3}}, ["moe_layer native", "ZeRO stage 3", "autoep"]),
+        ({"zero_optimization": {"stage": 3}}, ["moe.layer native", "ZeRO stage 3", "autoep"]),
         ({"expert_parallel": {"enabled": True, "autoep_size": 3}}, ["autoep_size 3", "does not divide the 4 experts"]),
         ({"expert_parallel": {"enabled": True, "async_split_plan": True}}, ["async_split_plan", "AutoEP", "native"]),
         ({"bf16": {"enabled": True}, "expert_parallel": {"enabled": True, "autoep_size": 2}}, ["stage 0", "bf16"]),
@@ -289,7 +289,7 @@ def test_dropped_routes_are_counted_in_the_metrics() -> None:
 )
 def test_refusals_say_what_to_change(ds_json: dict[str, Any], words: list[str]) -> None:
     ranks = ds_json.get("expert_parallel", {}).get("autoep_size", 1)
-    job = tiny.job(moe_layer="native", global_batch_size=12)
+    job = tiny.job(layer="native", global_size=12)
     with pytest.raises(ConfigError) as error:
         deepspeed_config.complete(ds_json, job, tiny.moe_model().config, ranks)
     assert all(word in str(error.value) for word in words), error.value
@@ -298,10 +298,10 @@ def test_refusals_say_what_to_change(ds_json: dict[str, Any], words: list[str]) 
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        ({"native_moe": {"drop_tokens": True}}, "moe_layer is not native"),
-        ({"moe_layer": "native", "native_moe": {"use_rts": True}}, "it needs drop_tokens: true"),
-        ({"moe_layer": "native", "native_moe": {"capacity_factor": 0.0}}, "greater than 0"),
-        ({"moe_layer": "tutel"}, "'autoep' or 'native'"),
+        ({"native": {"drop_tokens": True}}, "layer is not native"),
+        ({"layer": "native", "native": {"use_rts": True}}, "it needs drop_tokens: true"),
+        ({"layer": "native", "native": {"capacity_factor": 0.0}}, "greater than 0"),
+        ({"layer": "tutel"}, "'autoep' or 'native'"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(job: dict[str, Any], message: str) -> None:
@@ -310,8 +310,13 @@ def test_settings_that_would_do_nothing_are_refused(job: dict[str, Any], message
 
 
 def test_the_layer_may_change_on_resume_unless_it_drops() -> None:
-    plain = train.settings(tiny.job(), 0)
-    assert train.settings(tiny.job(moe_layer="native"), 0) == plain
-    dropping = train.settings(tiny.job(moe_layer="native", native_moe={"drop_tokens": True}), 0)
-    assert dropping["native_moe"]["capacity_factor"] == 1.25
-    assert {key for key in plain if plain[key] != dropping[key]} == {"native_moe"}
+    def settings(**moe: object) -> dict[str, Any]:
+        jobs = {"x": tiny.job(init="/x", **moe).model_dump()}
+        return train.settings(Recipe.model_validate({"run": {"dir": "r"}, "jobs": jobs}), "x")
+
+    plain = settings()
+    assert settings(layer="native") == plain
+    dropping = settings(layer="native", native={"drop_tokens": True})
+    assert dropping["moe"]["native"]["capacity_factor"] == 1.25
+    del dropping["moe"]["native"]
+    assert dropping == plain

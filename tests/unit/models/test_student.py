@@ -248,7 +248,7 @@ def test_command_line_without_a_recipe(dense_dir: Path, tmp_path: Path, capsys: 
     assert (logits(out) - logits(dense_dir)).abs().max() > 0
     with pytest.raises(ConfigError, match=r"--experts: .*greater than or equal to 1, got 0"):
         clkd(["upcycle", str(dense_dir), str(tmp_path / "b"), "--experts", "0"])
-    with pytest.raises(UserError, match="settings: there"):
+    with pytest.raises(UserError, match=r"settings\.experts: there 8, recipe 4"):
         clkd(["upcycle", str(dense_dir), str(out)])
 
 

@@ -8,6 +8,7 @@ from deepspeed.utils import groups
 
 from pipeline.cli import main as clkd
 from pipeline.models.topology import Topology
+from pipeline.recipe import merge
 from tests.ranks.test_train import TINY
 
 
@@ -30,10 +31,13 @@ def test_share_of_the_all_to_all_that_leaves_a_node(ranks, per_node, size, share
 
 @pytest.fixture
 def recipe(tmp_path):
-    jobs = {"clkd": TINY["jobs"]["clkd"] | {"global_batch_size": 2048}}
-    models = TINY["models"] | {"moe": {"upcycle": {"source": "models.small", "experts": 16}}}
+    changes = {
+        "run": {"dir": str(tmp_path)},
+        "jobs": {"clkd": {"batch": {"global_size": 2048}}},
+        "models": {"moe": {"upcycle": {"experts": 16}}},
+    }
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(TINY | {"run": {"dir": str(tmp_path)}, "jobs": jobs, "models": models}))
+    path.write_text(yaml.safe_dump(merge(TINY, changes)))
     return path
 
 
@@ -59,5 +63,5 @@ def test_what_does_not_come_out_even_is_refused_with_both_numbers(recipe, tmp_pa
     assert dry_run(recipe, tmp_path, 16, "--gpus", "8,64,96") == 2
     printed = capsys.readouterr().out
     assert "8 GPUs: refused: expert_parallel.autoep_size 16 does not divide the 8 ranks" in printed
-    assert "96 GPUs: refused: global_batch_size 2048 is not a multiple of micro_batch_size 2 x 96 rank(s)" in printed
+    assert "96 GPUs: refused: batch.global_size 2048 is not a multiple of batch.micro_size 2 x 96 rank(s)" in printed
     assert "64 GPUs, 8 a node" in printed

@@ -34,12 +34,11 @@ from pipeline.training.metrics import MetricsLogger
 STEPS = 150
 DISTILL = {"release": "cosine"}
 RECIPE = {
-    "scenes": {"train": 60, "val": 2, "test": 12, "width": 256, "height": 160, "workers": 1, "corner_share": 0.3},
-    "models": {
-        "big": {"text": {}, "vision": {}},
-        "small": {"text": {}, "vision": {}},
-        "moe": {"upcycle": {"source": "models.small"}},
+    "benchmark": {
+        "scenes": {"train": 60, "val": 2, "test": 12, "width": 256, "height": 160, "workers": 1, "corner_share": 0.3},
     },
+    "models": {"big": {"path": "/big"}, "small": {"path": "/small"}, "moe": {"upcycle": {"source": "models.small"}}},
+    "targets": {"teacher": "jobs.teacher"},
     "jobs": {
         "teacher": {"init": "models.big", "steps": STEPS},
         "dense_sft": {"init": "models.small", "steps": STEPS},
@@ -67,7 +66,7 @@ def write_run(folder: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"run": {"dir": str(folder / "run"), "seed": 7}, **RECIPE}))
     recipe = load_recipe(path)
-    write_scenes(recipe.data_root, ScenesConfig.model_validate(RECIPE["scenes"]))
+    write_scenes(recipe.data_root, ScenesConfig.model_validate(RECIPE["benchmark"]["scenes"]))
     train = read_samples("coda_lm", recipe.data_root, "Train")
     write_evaluation(recipe.run.dir, read_samples("coda_lm", recipe.data_root, "Test"))
     write_hardness(recipe.run.dir, train)

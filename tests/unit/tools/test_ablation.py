@@ -40,19 +40,20 @@ RECIPE = ROOT / "pipeline" / "recipes" / "ablation.yaml"
 TINY = """
 extends: {recipe}
 run: {{dir: {folder}/run}}
-scenes: {{train: 16, val: 8, test: 8, width: 96, height: 64}}
 data: {{max_pixels: 6144}}
-models:
-  teacher:
-    text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
-    vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
-  student:
-    text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
-    vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
+benchmark:
+  scenes: {{train: 16, val: 8, test: 8, width: 96, height: 64}}
+  models:
+    teacher:
+      text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
+      vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
+    student:
+      text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
+      vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
 jobs:
-  teacher: {{steps: 2, global_batch_size: 4, micro_batch_size: 4}}
-  base: {{steps: 2, global_batch_size: 4, micro_batch_size: 4}}
-  student: {{steps: 30, global_batch_size: 4, micro_batch_size: 4, checkpoint_every: 2, log_every: 1}}
+  teacher: {{steps: 2, batch: {{global_size: 4, micro_size: 4}}}}
+  base: {{steps: 2, batch: {{global_size: 4, micro_size: 4}}}}
+  student: {{steps: 30, batch: {{global_size: 4, micro_size: 4}}, checkpoint: {{every: 2}}, log_every: 1}}
 evaluation: {{limit: 2, max_new_tokens: 3}}
 """
 
@@ -103,7 +104,7 @@ def test_rows_differ_from_clkd_in_what_their_names_say(recipe, tmp_path):
     backwards = job("reversed")
     assert backwards.distill.features.tilt == tuple(-beta for beta in clkd.distill.features.tilt)
     assert backwards.curriculum.tilt == tuple(-beta for beta in clkd.curriculum.tilt)
-    assert {job(name).steps * job(name).global_batch_size for name in ROWS} == {250 * 16}, "equal budgets"
+    assert {job(name).steps * job(name).batch.global_size for name in ROWS} == {250 * 16}, "equal budgets"
     assert cell_recipe(recipe, ROWS["kd_sampled"], 0, tmp_path)["targets"]["codec"] == "sampled"
 
 
@@ -117,14 +118,14 @@ def test_a_finished_cell_is_kept_and_one_with_other_settings_starts_anew(recipe,
     assert not begin(cell, "val")
     (more,) = cells_of(load_recipe(RECIPE, [f"run.dir={tmp_path}", "evaluation.limit=7"]), "kd")
     assert begin(more, "val") and (cell.folder / "run").is_dir(), "scored again, not trained again"
-    (other,) = cells_of(load_recipe(RECIPE, [f"run.dir={tmp_path}", "jobs.student.lr=0.5"]), "kd")
+    (other,) = cells_of(load_recipe(RECIPE, [f"run.dir={tmp_path}", "jobs.student.optimizer.lr=0.5"]), "kd")
     assert begin(other, "val")
     assert sorted(p.name for p in cell.folder.iterdir()) == ["cell.json", "recipe.yaml"]
     assert not begin(cell, "val"), "back to the old settings: it had been set aside"
     assert (cell.folder / "run").is_dir()
 
 
-@pytest.mark.parametrize("change", ["jobs.student.lr=0.5", "evaluation.limit=7"])
+@pytest.mark.parametrize("change", ["jobs.student.optimizer.lr=0.5", "evaluation.limit=7"])
 def test_the_test_split_is_scored_once(recipe, tmp_path, change):
     (cell,) = cells_of(recipe, "kd")
     begin(cell, "test")
@@ -146,9 +147,9 @@ def test_another_teacher_is_another_cell_for_rows_that_have_one(recipe):
 
 def test_hardness_at_the_end_is_that_of_the_samples_that_were_not_held_out(tmp_path):
     """The last sample is in no table: an adaptive release measures its gap on it."""
-    small = "scenes={train: 8, val: 2, test: 2, width: 96, height: 64, workers: 1}"
+    small = "benchmark.scenes={train: 8, val: 2, test: 2, width: 96, height: 64, workers: 1}"
     recipe = load_recipe(RECIPE, [small, f"run.dir={tmp_path}", f"data.root={tmp_path}/data", "job=student"])
-    write_scenes(tmp_path / "data", recipe.scenes)
+    write_scenes(tmp_path / "data", recipe.benchmark.scenes)
     trained = read_samples("coda_lm", tmp_path / "data", "Train")[:-1]
     lengths = np.array([len(sample.answer) for sample in trained], np.float32)
     table = HardnessTable([s.sample_id for s in trained], [s.task for s in trained], lengths / 1000)
@@ -161,8 +162,8 @@ def test_hardness_at_the_end_is_that_of_the_samples_that_were_not_held_out(tmp_p
 
 
 def test_subsets_are_nested_and_whole(tmp_path):
-    config = load_recipe(RECIPE, ["scenes={train: 8, val: 2, test: 2, width: 96, height: 64, workers: 1}"])
-    write_scenes(tmp_path / "data", config.scenes)
+    config = load_recipe(RECIPE, ["benchmark.scenes={train: 8, val: 2, test: 2, width: 96, height: 64, workers: 1}"])
+    write_scenes(tmp_path / "data", config.benchmark.scenes)
     ids = {}
     for count in (2, 4):
         root = tmp_path / f"data-{count}"

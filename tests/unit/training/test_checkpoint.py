@@ -170,7 +170,7 @@ def test_state_that_is_not_json_is_refused(saved: tuple[Any, Path]) -> None:
 
 def test_other_optimizer_is_refused(saved: tuple[Any, Path]) -> None:
     with pytest.raises(CheckpointError, match=r"AdamW, this job uses SGD"):
-        checkpoint.load(engine_with(0, optimizer="sgd"), saved[1])
+        checkpoint.load(engine_with(0, kind="sgd"), saved[1])
 
 
 def test_other_model_is_refused(saved: tuple[Any, Path]) -> None:
@@ -286,10 +286,10 @@ def test_other_ranks_stages_and_expert_sizes_equal_one_plain_process(tmp_path: P
     """
     legs = [(2, 1, 2), (1, 3, 1), (4, 2, 4)]  # ranks, ZeRO stage, expert-parallel size
     saved, history, found = str(tmp_path / "saved"), [], {}
-    settings = tiny.job(lr=1e-3)
+    settings = tiny.job(lr=1e-3).optimizer
     for leg, (ranks, stage, experts) in enumerate(legs):
         config = {"zero_optimization": {"stage": stage}, "expert_parallel": {"enabled": True, "autoep_size": experts}}
-        job = {"micro_batch_size": 4 // ranks, "lr": settings.lr}
+        job = {"micro_size": 4 // ranks, "lr": settings.lr}
         steps = 2 * leg + 2
         spec: dict[str, Any] = {"steps": steps, "save": saved, "save_at": steps} | ({"load": saved} if leg else {})
         result, found = tiny.launch(tmp_path / f"leg{leg}", ranks, deepspeed=config, job=job, **spec)
