@@ -34,6 +34,7 @@ from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.training import checkpoint, engine
 from pipeline.training.batches import MicroBatch, MicroBatches, Request, by_length, iterate
 from pipeline.training.distillation import Distillation
+from pipeline.training.export_probe import ExportProbe
 from pipeline.training.metrics import MetricsLogger
 from pipeline.training.process import StopFlag
 from pipeline.training.step import StepContext, StepStats, run_step
@@ -63,6 +64,7 @@ class Trainer:
         self.top_k = model_config.get_text_config().num_experts_per_tok if has_experts else 0
         self.vision = VisionProbe(self.engine.module) if job.vision_words > 0 else None
         self.cells = CellWords(self.processor) if job.vision_words > 0 else None
+        self.export_probe = ExportProbe(self.engine, self.processor, job)
         self.step, self.values = 0, dict[str, Any]()
         self.template = (
             export.template_files(recipe.model_dir(job.init), recipe.processor_dir) if self.rank == 0 else None
@@ -239,7 +241,9 @@ class Trainer:
             "about": about(self.recipe, self.name, len(self.samples)),
             "metrics": {name: value for name, value in self.values.items() if isinstance(value, float)},
         }
-        arrays = self.plan.arrays()
+        probe_arrays, probe_state = self.export_probe.record()
+        state |= probe_state
+        arrays = self.plan.arrays() | probe_arrays
         if self.distillation:
             state |= self.distillation.state_dict()
             arrays |= self.distillation.table.arrays()
