@@ -59,7 +59,7 @@ class ExportReport:
     max_tensor_difference: float
     """Reloaded against the checkpoint in `dtype`; 0 means bit for bit."""
     logits: dict[str, float] | None
-    """`difference` and `tolerance` of the logits on the probe (`pipeline.models.probe.Agreement`); None: not compared."""
+    """`difference` and `tolerance` on the probe (see `pipeline.models.probe.Agreement`); None: not compared."""
 
 
 def template_files(model_dir: Path, processor_dir: Path | None = None) -> dict[str, bytes]:
@@ -142,8 +142,7 @@ def write_hf(
         raise CheckpointError(
             f"{folder}: the export has the checkpoint's tensors, but its logits are not those that the training engine "
             f"gave: they differ by {report.logits['difference']:.2g} of their spread, rounding explains "
-            f"{report.logits['tolerance']:.2g}. Its configuration may not be that of the model that was trained, or the "
-            f"engine computes something else. The export is {out}{DIFFERS}; {out} is unchanged. To have it there all "
+            f"{report.logits['tolerance']:.2g}. Its configuration may not be that of the model that was trained. The export is {out}{DIFFERS}; {out} is unchanged. To have it there all "
             f"the same: `clkd export {folder} --out {out} --accept-logits`."
         )
     put_in_place(out.with_name(out.name + DIFFERS), out)

@@ -128,8 +128,8 @@ def read_arrays(folder: Path, prefix: str = "") -> dict[str, NDArray[Any]]:
     if not path.exists():
         return {}
     with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118: no iterator
-        return {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        every = list(file.keys())
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in every if name.startswith(prefix)}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

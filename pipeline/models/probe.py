@@ -40,7 +40,7 @@ class Agreement:
     """How a model's logits on the probe compare with the engine's."""
 
     difference: float
-    """Median over positions of |a - b| / |b - mean b| (2-norms over the vocabulary); a wrong tensor gives 0.5 and more."""
+    """Median over positions of |a - b| / |b - mean b|, 2-norms over the vocabulary; of two other models about 1."""
     tolerance: float
     """Largest difference that arithmetic of this precision explains."""
 

@@ -22,7 +22,7 @@ class ExportProbe:
         self._inputs = None if drops else probe.make_probe(engine.module.config, processor)
 
     def record(self) -> tuple[dict[str, NDArray[Any]], Mapping[str, Any]]:
-        """(arrays, state) that a checkpoint keeps; both empty without a probe. Collective: every rank runs the forward."""
+        """(arrays, state) for a checkpoint; both empty without a probe. Collective: every rank runs the forward."""
         if self._inputs is None:
             return {}, {}
         engine = self._engine

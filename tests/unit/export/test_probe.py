@@ -1,4 +1,4 @@
-"""Exports held against the training engine's own logits: what is the same model passes, what is another one does not."""
+"""Exports held against the training engine's own logits: the same model passes, another one does not."""
 
 import json
 import shutil
