@@ -79,6 +79,7 @@ def _train(add: Add) -> None:
 def _export(add: Add) -> None:
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write, or to replace")
     add("--template", type=Path, metavar="DIR", help="of a checkpoint: take configuration and tokenizer from here")
+    add("--accept-logits", action="store_true", help="write it even if its logits are not the training engine's")
 
 
 def _store(add: Add) -> None:

@@ -1,8 +1,10 @@
 """Files that appear whole or not at all, files that come with the package, and what to say when settings differ."""
 
 import contextlib
+import ctypes
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pipeline.errors import ConfigError, UserError
 
 PACKAGE = Path(__file__).parent
 READ_BYTES = 1 << 22
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 _ME = os.uname().nodename.replace(".", "-")  # names are taken apart at dots
 
 
@@ -56,6 +59,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Create or replace a JSON file."""
     write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def put_in_place(folder: Path, final: Path) -> None:
+    """Give a folder, whose content is on disk already, its final name; what had that name is removed.
+
+    Both names change owners in one step where the file system can do that (Linux: all common ones), so that at no
+    moment there is no folder of that name. Elsewhere the older one is moved aside first.
+    """
+    if not final.exists():
+        folder.rename(final)
+    elif _exchange(folder, final):
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        aside = final.with_name(f".{final.name}.old-{os.getpid()}")
+        final.rename(aside)
+        folder.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    sync(final.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
 
 
 def sync(path: Path) -> None:

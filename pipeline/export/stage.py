@@ -7,9 +7,10 @@ CKPT is a checkpoint `step-...`, or a job's folder or its `checkpoints`, meaning
 DeepSpeed: the checkpoint holds whole tensors under Hugging Face names, and the configuration, tokenizer and image
 processor that training used. Only safetensors, JSON and text are read, never pickle.
 
-The folder is loaded back by plain `from_pretrained` and compared with the checkpoint, tensor by tensor and logit by
-logit, before it appears under its name. One model is in memory at a time: tensors are written one after the other, and
-for the comparison the checkpoint's are put into the reloaded model in place.
+The folder is loaded back by plain `from_pretrained` before it appears under its name: its tensors must be the
+checkpoint's bit for bit, and its logits on a fixed question with an image the training engine's, which the checkpoint
+holds, within what rounding explains (`pipeline.models.probe`). One model is in memory at a time: tensors are written
+and compared one after the other.
 """
 
 import argparse
@@ -25,18 +26,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.export.model_card import model_card
-from pipeline.files import weights_hash
+from pipeline.files import put_in_place, weights_hash
 from pipeline.method.features import is_ours
-from pipeline.models import checkpoint_folder, loading
+from pipeline.models import checkpoint_folder, loading, probe
 from pipeline.models.families import auto_class, load_config
 from pipeline.models.hf_folder import Building, DiskLayout, ShardWriter, save_config
-from pipeline.models.student import ORIGIN, random_text_ids
+from pipeline.models.student import ORIGIN
 from pipeline.models.student import REPORT as UPCYCLE_REPORT
 from pipeline.recipe import Recipe, load_recipe
 
 REPORT = "export.json"
-PROBE_SHAPE = (2, 32)
-"""Sequences and tokens on which logits are compared."""
+DIFFERS = ".differs"
+"""End of the name that an export gets whose logits are not the engine's."""
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model")
 """Of files that come along: configuration, tokenizers (`.model` is sentencepiece's), templates. No code, no pickle."""
 COMPARED_AT_ONCE = 1 << 24
@@ -57,8 +58,8 @@ class ExportReport:
     active_parameters: int
     max_tensor_difference: float
     """Reloaded against the checkpoint in `dtype`; 0 means bit for bit."""
-    max_logit_difference: float
-    """Reloaded against the same model with the checkpoint's tensors put in directly."""
+    logits: dict[str, float] | None
+    """`difference` and `tolerance` on the probe (see `pipeline.models.probe.Agreement`); None: not compared."""
 
 
 def template_files(model_dir: Path, processor_dir: Path | None = None) -> dict[str, bytes]:
@@ -92,13 +93,14 @@ def _text_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def write_model(recipe: Recipe, name: str, out: Path | None = None) -> ExportReport:
+def write_model(recipe: Recipe, name: str, out: Path | None = None, *, accept: bool = False) -> ExportReport:
     """Write the newest checkpoint of a job as a Hugging Face folder, replacing an older one.
 
     Args:
         recipe: the run.
         name: key of `jobs`.
         out: folder to write; None: `jobs/NAME/model`, where other stages look for `jobs.NAME`.
+        accept: see `write_hf`.
 
     Raises:
         CheckpointError: no checkpoint, a damaged one, or one that does not load back as the same model.
@@ -110,20 +112,23 @@ def write_model(recipe: Recipe, name: str, out: Path | None = None) -> ExportRep
     template = checkpoint_folder.read_template(folder) or template_files(
         recipe.model_dir(recipe.jobs[name].init), recipe.processor_dir
     )
-    return write_hf(folder, out or recipe.model_dir(f"jobs.{name}"), template)
+    return write_hf(folder, out or recipe.model_dir(f"jobs.{name}"), template, accept=accept)
 
 
-def write_hf(folder: Path, out: Path, template: checkpoint_folder.Template | None = None) -> ExportReport:
+def write_hf(
+    folder: Path, out: Path, template: checkpoint_folder.Template | None = None, *, accept: bool = False
+) -> ExportReport:
     """Write one checkpoint folder as a Hugging Face folder and compare it after loading it back.
 
     Args:
         folder: a complete checkpoint, `step-...`.
         out: folder to write or replace; it appears only when complete and compared.
         template: files beside the weights, config.json among them; None: those stored in the checkpoint.
+        accept: write `out` even if its logits are not the engine's; its report says so.
 
     Raises:
         CheckpointError: the checkpoint is damaged or has no template, or the reloaded model differs from it; `out` is
-            left as it was.
+            left as it was. If tensors are equal and only logits differ, the export is kept as `out`.differs.
     """
     checkpoint_folder.verify(folder)
     template = checkpoint_folder.read_template(folder) if template is None else template
@@ -132,6 +137,20 @@ def write_hf(folder: Path, out: Path, template: checkpoint_folder.Template | Non
             f"{folder}: holds no configuration of its model. Name the folder that training started from with "
             "--template DIR. Nothing was written."
         )
+    report = _write(folder, out.with_name(out.name + DIFFERS), template)
+    if report.logits and not report.logits["difference"] <= report.logits["tolerance"] and not accept:
+        raise CheckpointError(
+            f"{folder}: the export has the checkpoint's tensors, but its logits are not those that the training engine "
+            f"gave: they differ by {report.logits['difference']:.2g} of their spread, rounding explains "
+            f"{report.logits['tolerance']:.2g}. Its configuration may not be that of the model that was trained. The export is {out}{DIFFERS}; {out} is unchanged. To have it there all "
+            f"the same: `clkd export {folder} --out {out} --accept-logits`."
+        )
+    put_in_place(out.with_name(out.name + DIFFERS), out)
+    return report
+
+
+def _write(folder: Path, out: Path, template: checkpoint_folder.Template) -> ExportReport:
+    """Write `out`, whole or not at all."""
     with Building(out, replace=True) as building:
         for name, content in template.items():
             (building / name).write_bytes(content)
@@ -168,13 +187,10 @@ def _compare(folder: Path, written: Path, config: PreTrainedConfig, dtype: torch
             f"{written}: loads with other tensors than {folder} holds: {sorted(live ^ names)[:6]}. "
             "Its configuration is not that of the model that was trained. Nothing was replaced."
         )
-    logits = _logits(model)
-    worst = _put(folder, model, dtype)
-    logit_change = _difference(logits, _logits(model))
-    if worst or logit_change:
+    worst = _tensor_difference(folder, model, dtype)
+    if worst:
         raise CheckpointError(
-            f"{written}: differs from {folder} after loading: tensors by {worst:g}, "
-            f"logits by {logit_change:g}. Nothing was replaced."
+            f"{written}: its tensors differ from {folder} by {worst:g} after loading. Nothing was replaced."
         )
     total, active = loading.parameter_counts(model)
     return ExportReport(
@@ -186,13 +202,13 @@ def _compare(folder: Path, written: Path, config: PreTrainedConfig, dtype: torch
         total_parameters=total,
         active_parameters=active,
         max_tensor_difference=worst,
-        max_logit_difference=logit_change,
+        logits=_compare_logits(folder, model),
     )
 
 
 @torch.no_grad()
-def _put(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> float:
-    """Put the checkpoint's tensors into the model, past all file formats; the largest difference to what was there."""
+def _tensor_difference(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> float:
+    """Largest difference between the loaded model's tensors and the checkpoint's in `dtype`."""
     worst = 0.0
     parameters = dict(model.named_parameters())
     for name, tensor in _parameters(folder):
@@ -203,15 +219,22 @@ def _put(folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> float:
                 f"{tuple(parameters[name].shape)}. Nothing was replaced."
             )
         worst = max(worst, _difference(parameters[name], wanted))
-        parameters[name].copy_(wanted)
     return worst
 
 
-@torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
-    """Logits [B, S, V] on fixed text tokens."""
-    logits: Tensor = model(input_ids=random_text_ids(model.config, PROBE_SHAPE, seed=0)).logits.float()
-    return logits
+def _compare_logits(folder: Path, model: PreTrainedModel) -> dict[str, float] | None:
+    """Compare with the engine's logits in the coarser of both data types. None: the checkpoint has none."""
+    stored = checkpoint_folder.read_arrays(folder, probe.PREFIX)
+    if not stored:
+        return None
+    engine_PV = stored.pop("logits")
+    about = checkpoint_folder.read_meta(folder)["state"]["probe"]
+    if about["dtype"] != "float32":
+        model = model.to(getattr(torch, about["dtype"]))
+    dtype = next(model.parameters()).dtype
+    device = next(model.parameters()).device
+    logits_PV = probe.probe_logits(model, stored, device, dtype)
+    return asdict(probe.agreement(logits_PV, engine_PV, (about["unit"], probe.precision(device, dtype))))
 
 
 @torch.no_grad()
@@ -251,11 +274,11 @@ def _from_recipe(path: Path, options: argparse.Namespace) -> ExportReport:
     name, _ = recipe.selected_job()
     if options.template is not None:
         raise ConfigError("clkd export: --template goes with a checkpoint, not with a recipe. Nothing was written.")
-    return write_model(recipe, name, options.out)
+    return write_model(recipe, name, options.out, accept=options.accept_logits)
 
 
 def _from_checkpoint(place: Path, options: argparse.Namespace) -> ExportReport:
     if options.words[1:]:
         raise ConfigError(f"clkd export {place}: a checkpoint takes no {options.words[1:]}. Nothing was written.")
     template = template_files(options.template) if options.template else None
-    return write_hf(checkpoint_folder.find(place), options.out, template)
+    return write_hf(checkpoint_folder.find(place), options.out, template, accept=options.accept_logits)

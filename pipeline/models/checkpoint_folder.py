@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
@@ -118,6 +120,16 @@ def parameter_names(folder: Path) -> set[str]:
 def read_template(folder: Path) -> dict[str, bytes]:
     """The files that an export needs besides weights, as `save` got them; empty when it got none."""
     return {path.name: path.read_bytes() for path in sorted((folder / TEMPLATE).glob("*"))}
+
+
+def read_arrays(folder: Path, prefix: str = "") -> dict[str, NDArray[Any]]:
+    """The caller's arrays whose names begin with `prefix`, which is taken off; empty when there are none."""
+    path = folder / ARRAYS
+    if not path.exists():
+        return {}
+    with safe_open(path, framework="numpy") as file:
+        every = list(file.keys())
+        return {name.removeprefix(prefix): file.get_tensor(name) for name in every if name.startswith(prefix)}
 
 
 def read_meta(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.errors import UserError
+from pipeline.files import put_in_place, sync
 from pipeline.models.families import moe_family, without_weights
 
 SHARD_BYTES = 4 << 30
@@ -144,7 +145,8 @@ _DTYPES = {
 class Building:
     """Context manager: a folder that appears under its name only when its content is complete.
 
-    An older folder of that name is replaced if `replace`, and refused otherwise.
+    An older folder of that name is replaced if `replace`, and refused otherwise. After a power cut there is the older
+    folder or the new one, whole.
     """
 
     def __init__(self, final: Path, *, replace: bool = False) -> None:
@@ -163,11 +165,9 @@ class Building:
         if kind is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
             return
-        old = self._final.with_name(f".{self._final.name}.old-{os.getpid()}")
-        if self._final.exists():
-            self._final.rename(old)
-        self._temp.rename(self._final)
-        shutil.rmtree(old, ignore_errors=True)
+        for path in (*self._temp.rglob("*"), self._temp):
+            sync(path)
+        put_in_place(self._temp, self._final)
 
 
 class DiskLayout:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.benchmark import random_models
 from pipeline.data.processor import Processor
@@ -25,6 +25,7 @@ from pipeline.files import differences, listed, weights_hash
 from pipeline.models import loading, upcycling
 from pipeline.models.families import load_config, without_weights
 from pipeline.models.hf_folder import Building, ShardWriter, TensorFiles, copy_companions, save_config
+from pipeline.models.probe import random_text_ids
 from pipeline.recipe import RandomModelConfig, Recipe, UpcycleConfig
 
 REPORT = "upcycle.json"
@@ -139,14 +140,6 @@ def _logit_change(src: Path, dst: Path, seed: int) -> LogitChange:
     dense = _logits(src, seed)
     change = (_logits(dst, seed) - dense).abs()
     return LogitChange(change.max().item(), change.mean().item(), dense.abs().mean().item())
-
-
-def random_text_ids(config: PreTrainedConfig, shape: tuple[int, int], seed: int) -> Tensor:
-    """i64[shape]: ids drawn from the whole vocabulary but the tokens that stand for images and videos."""
-    named = {key: value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))}
-    special = {value for value in named.values() if isinstance(value, int)}
-    allowed = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
-    return allowed[torch.randint(len(allowed), shape, generator=torch.Generator().manual_seed(seed))]
 
 
 @torch.no_grad()

@@ -27,7 +27,9 @@ def save(setup: Setup, step: int, values: Mapping[str, Any]) -> None:
         "about": about(setup.recipe, setup.name, len(setup.samples)),
         "metrics": {name: value for name, value in values.items() if isinstance(value, float)},
     }
-    arrays = setup.plan.arrays()
+    probe_arrays, probe_state = setup.export_probe.record()
+    state |= probe_state
+    arrays = setup.plan.arrays() | probe_arrays
     if setup.distillation:
         state |= setup.distillation.state_dict()
         arrays |= setup.distillation.table.arrays()

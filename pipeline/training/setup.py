@@ -24,6 +24,7 @@ from pipeline.models.router import RouterProbe
 from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.training import engine
 from pipeline.training.distillation import Distillation
+from pipeline.training.export_probe import ExportProbe
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class Setup:
     vision: VisionProbe | None
     """Of word alignment, as `cells`; None without it."""
     cells: CellWords | None
+    export_probe: ExportProbe
+    """Gives the logits that an export is held against."""
     template: Template | None
     """Files that an export needs besides weights; on rank 0, which writes checkpoints."""
 
@@ -104,6 +107,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         top_k=model.config.get_text_config().num_experts_per_tok if has_experts else 0,
         vision=VisionProbe(model) if aligned else None,
         cells=CellWords(processor) if aligned else None,
+        export_probe=ExportProbe(model_engine, processor, job),
         template=export.template_files(folder, recipe.processor_dir) if dist.get_rank() == 0 else None,
     )
 

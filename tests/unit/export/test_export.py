@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Recipe, Any
     recipe = Recipe.model_validate(
         {
             "run": {"dir": str(tmp_path / "run")},
-            "data": {"processor": str(processor)},
+            "data": {"root": str(tmp_path / "data"), "processor": str(processor)},
             "models": {"start": {"path": str(tmp_path / "start")}},
             "jobs": {"x": {"init": "models.start", "steps": 2}},
         }
@@ -88,7 +88,7 @@ def test_exported_equals_trained(trained: tuple[Recipe, Any], tmp_path: Path) ->
     live, wanted = dict(loaded.named_parameters()), single_rank.parameters(engine)
     assert live.keys() == wanted.keys()
     assert all(torch.equal(live[name], wanted[name].to(dtype)) for name in wanted)
-    assert (report.step, report.max_tensor_difference, report.max_logit_difference) == (2, 0.0, 0.0)
+    assert (report.step, report.max_tensor_difference) == (2, 0.0)
     if dtype == torch.float32:
         inputs, _ = tiny.global_batch()
         with torch.no_grad():
@@ -113,7 +113,7 @@ def test_the_card_has_the_runs_figures(trained: tuple[Recipe, Any]) -> None:
     card = (recipe.model_dir("jobs.x") / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# x\n")
     for fact in (
-        "supervised fine-tuning, starting from `models.start`: 2 steps of 32 samples, adamw",
+        "supervised fine-tuning, starting from `models.start`: 2 steps of 64 samples, adamw",
         f"{report.total_parameters:,}",
         f"{report.active_parameters:,}",
         "4, 2 per token, in layers [1, 3]",
@@ -332,8 +332,15 @@ def answering(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]
     """Folder of an MoE student with real tokenizer and image processor, its engine after two steps, its processor."""
     folder = tmp_path_factory.mktemp("answering")
     processor = make_processor(folder / "processor")
-    text = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
-    vision = VisionSize(hidden_size=32, intermediate_size=48, depth=1)
+    text = TextSize(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    vision = VisionSize(hidden_size=32, intermediate_size=48, depth=1, num_heads=4)
     dense = random_models.build(RandomModelConfig(text=text, vision=vision), processor, seed=0)
     for name, parameter in dense.named_parameters():
         if "language_model" in name and parameter.ndim == 2:
