@@ -142,7 +142,7 @@ def _logit_change(src: Path, dst: Path, seed: int) -> LogitChange:
 
 
 def random_text_ids(config: PreTrainedConfig, shape: tuple[int, int], seed: int) -> Tensor:
-    """i64[shape]: ids drawn from the whole vocabulary but the tokens that stand for images and videos."""
+    """i64[shape]: random ids of the vocabulary, except the tokens that stand for images and videos."""
     named = {key: value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))}
     special = {value for value in named.values() if isinstance(value, int)}
     allowed = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])
@@ -163,10 +163,10 @@ def _logits(folder: Path, seed: int) -> Tensor:
 
 
 def _finished(dst: Path, origin: dict[str, Any]) -> bool:
-    """Whether the folder is there, made from this origin.
+    """Whether the folder is there and was made from this origin.
 
     Raises:
-        UserError: there is another model: naming what differs.
+        UserError: it was made from another one; names what differs.
     """
     if not dst.exists():
         return False
