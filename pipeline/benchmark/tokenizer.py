@@ -3,9 +3,8 @@
 `AutoTokenizer.from_pretrained` loads the folder with no code of ours. Ids are sentencepiece's own, followed
 by Qwen's special tokens, one id each, as in Qwen's checkpoints. The image processor's settings lie beside it.
 
-CLI: `clkd tokenizer RECIPE.yaml` writes `<run.dir>/processor`. A folder already made
-from the same corpus and settings is kept; one made from others is refused, because models and stores hang on
-its ids.
+`clkd tokenizer RECIPE.yaml` writes `<run.dir>/processor`. A folder already made from the same corpus and settings is
+kept. One made from others is refused, because models and stores use its ids.
 """
 
 import hashlib

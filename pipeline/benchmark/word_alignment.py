@@ -1,9 +1,10 @@
 """Word alignment of image tokens, for models that start from random weights on the embedded scenes.
 
-No checkpoint can be downloaded for the embedded default, and a decoder does not find a random vision tower's features
-in minutes. So, while such a model is trained, each image token's logits over the (tied) word embeddings shall also
-name what its cell of the image shows, as real towers are aligned with captions before. The labels come from the
-`objects` that the scenes write into their records; a model loaded from a checkpoint needs none of this.
+The embedded benchmark starts from random weights, and a decoder does not learn to use the features of a random vision
+tower within minutes. So, while such a model is trained, one more loss asks each image token's logits over the (tied)
+word embeddings to name what its cell of the image shows. Real vision towers have been aligned with captions before, so
+a model loaded from a checkpoint needs none of this. The labels come from the `objects` that the scenes write into their
+records.
 
 Shapes: B images, C cells (image tokens) of all images, D decoder width, V vocabulary.
 """
@@ -26,7 +27,7 @@ MARKED = "rectangle"
 OBJECT_WEIGHT = 4.0
 """Weight of a cell that shows an object against one that shows road or sky."""
 MIN_OVERLAP = 0.2
-"""A cell shows an object that covers this share of the cell, or has this share of itself inside it."""
+"""A cell shows an object that covers this share of the cell, or that lies with this share of itself inside the cell."""
 
 
 class CellWords:

@@ -1,6 +1,6 @@
 """What a drawn scene holds and what it asks of the driver: kinds, plans, rules. No pixels, no words.
 
-The plan of a scene is sampled first; drawing (`scene_art`) and wording (`scene_text`) both follow from it.
+The plan of a scene is sampled first; drawing (`art`) and wording (`text`) both follow from it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -136,14 +136,17 @@ class Thing:
 
     @property
     def role(self) -> Role:
+        """What it means for the driver."""
         return KINDS[self.kind].role
 
     @property
     def group(self) -> str:
+        """CODA-LM's class of it."""
         return KINDS[self.kind].group
 
     @property
     def on_road(self) -> bool:
+        """Whether it stands in a lane, not beside the road."""
         return self.role in ("vehicle", "living", "obstacle")
 
 

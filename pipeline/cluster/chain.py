@@ -1,10 +1,10 @@
-"""A recipe's chain as cluster jobs: which script runs a stage, what it waits for, what it was made with, how it stands.
+"""A recipe's chain of stages as Slurm jobs: the script of a stage, the stages it waits for, its settings, its state.
 
-Jobs write down how they stand in `<run.dir>/slurm`:
+Jobs write their state to `<run.dir>/slurm`:
 
     STAGE.json          state, job, nodes, code version, error; of an array: STAGE-TASK.json
     STAGE/JOB-RESTART/  state.json as at the start, environment.json, and log and exit status of every rank
-    jobs.json           what pipeline.cluster.submit sent
+    jobs.json           what `clkd submit` sent
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import local as demo
+from pipeline.cluster import local
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from pipeline.recipe import Recipe, Reference
@@ -50,9 +50,9 @@ class ClusterStage:
     tasks: int
     """Of an array; 0 for a single job."""
     fingerprint: str
-    """Of all settings that its files depend on, those of the stages it needs included."""
+    """Digest of all settings that its files depend on, those of the stages that it needs included."""
     output: Path
-    """Is there once the stage is done."""
+    """A file or folder that exists once the stage is done."""
 
     @property
     def slug(self) -> str:
@@ -65,7 +65,7 @@ class ClusterStage:
         return _split(self.name)[0]
 
     def state_names(self) -> list[str]:
-        """Of the files in which its job, or its array's tasks, say how they stand."""
+        """Names of the state files of its job, or of its array's tasks."""
         return [f"{self.slug}-{task}" for task in range(self.tasks)] if self.tasks else [self.slug]
 
     def missing(self, run_dir: Path) -> list[int]:
@@ -86,7 +86,7 @@ def chain(recipe: Recipe, overrides: Sequence[str] = (), workers: int | None = N
         workers: tasks of the teacher's array; None: `cluster.teacher_tasks`.
     """
     workers = recipe.cluster.teacher_tasks if workers is None else workers
-    names = [stage.name for stage in demo.plan(recipe, [], Path("unused"), 1)]
+    names = [stage.name for stage in local.plan(recipe, [], Path("unused"), 1)]
     needs = {name: [n for n in _needs(recipe, *_split(name), names) if n in names] for name in names}
     stages: dict[str, ClusterStage] = {}
     for name in TopologicalSorter(needs).static_order():
@@ -198,7 +198,7 @@ def read_state(run_dir: Path, name: str) -> dict[str, Any]:
 
 
 def write_state(run_dir: Path, name: str, state: Mapping[str, Any]) -> None:
-    """Replace it at once."""
+    """Replace what a job wrote down; a reader sees the old state or the new one, never a part."""
     write_json(run_dir / FOLDER / f"{name}.json", state)
 
 
@@ -208,12 +208,12 @@ def read_submission(run_dir: Path) -> dict[str, Any]:
 
 
 def write_submission(run_dir: Path, submission: Mapping[str, Any]) -> None:
-    """Remember it."""
+    """Replace what `read_submission` gives."""
     write_json(run_dir / FOLDER / "jobs.json", submission)
 
 
 def make_folder(run_dir: Path) -> Path:
-    """The run's `slurm` folder, proven to be writable. UserError if it is not."""
+    """Make the run's `slurm` folder and write a file to it as a test. UserError if it cannot be written."""
     folder = run_dir / FOLDER
     try:
         folder.mkdir(parents=True, exist_ok=True)

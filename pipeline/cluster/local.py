@@ -27,7 +27,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the chain: a command, or several that run at once."""
+    """One stage of the chain: a command, or several that run at the same time."""
 
     name: str
     commands: tuple[tuple[str, ...], ...]
@@ -42,8 +42,8 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
     distils (or orders by hardness) the teacher pass and the hardness table are made.
     """
     launched = (sys.executable, "-m")
-    # torchrun and not the deepspeed launcher, whose ranks live on when it is killed: a signal reaches every rank, and
-    # a free port is chosen each time.
+    # torchrun, because the ranks of the deepspeed launcher go on when it is killed. torchrun passes signals on to every
+    # rank, and chooses a free port each time.
     torchrun = (*launched, "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m")
     stages: dict[str, Stage] = {}
 
@@ -109,7 +109,7 @@ def _run_together(stage: Stage) -> tuple[int, tuple[str, ...]] | None:
                     _end(running)
             if not ended:
                 time.sleep(POLL_S)
-    finally:  # interrupted: training writes its checkpoint before the prompt comes back
+    finally:  # also after Ctrl-C: wait while training writes its checkpoint
         _end(running)
         for process in running:
             process.wait()
@@ -122,7 +122,7 @@ def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def _one_of_many(number: int) -> dict[str, str]:
-    """Each worker its own GPU, where there are any; the first one shows its progress for all."""
+    """Variables of one of several workers: a GPU of its own, where there are any, and a progress bar for the first."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = visible.split(",") if visible else []
     own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)] if gpus else str(number)}
@@ -130,7 +130,7 @@ def _one_of_many(number: int) -> dict[str, str]:
 
 
 class _Durations:
-    """Seconds per stage in a JSON file, summed over restarts; a stage that was killed with the chain leaves none."""
+    """Seconds per stage in a JSON file, summed over restarts. The time of a stage killed with the chain is lost."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,7 +142,7 @@ class _Durations:
 
 
 def environment(processes: int) -> dict[str, str]:
-    """This machine's cores shared by the processes and CPU collectives, unless the caller chose otherwise."""
+    """Variables of a stage's processes: its share of the cores, CPU collectives. What the caller has set stays."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
         "DS_ACCELERATOR": "cpu",
@@ -159,7 +159,7 @@ def _path() -> str:
 
 
 def die_with_parent() -> None:
-    """A stage whose parent is killed gets SIGTERM (training then checkpoints), so that no two runs overlap."""
+    """Ask the kernel for SIGTERM when the parent dies: training then writes a checkpoint, and no two runs overlap."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -60,10 +60,12 @@ class Plan:
 
     @property
     def peaks(self) -> dict[str, int]:
+        """Bytes of a rank at each moment of a step that may be the largest."""
         return footprint.peaks(self.state, self.spread, self.kept)
 
     @property
     def peak(self) -> int:
+        """The largest of them."""
         return max(self.peaks.values())
 
 
@@ -176,17 +178,17 @@ def make_plan(
     )
 
 
-Setup = tuple[JobConfig, dict[str, Any]]
-"""A job and its DeepSpeed JSON."""
+Variant = tuple[JobConfig, dict[str, Any]]
+"""A job and its DeepSpeed JSON, as they are or changed so that the job fits."""
 PER_SAMPLE = ("sequences", "patches", "images", "answers")
 """Parts of a load that grow with the micro-batch."""
 
 
-def remedies(model: Any, setup: Setup, plan: Plan, room: float, options: argparse.Namespace) -> list[str]:
-    """Changes, each on top of those before it, until the job fits; what costs least time comes first."""
-    job = setup[0]
+def remedies(model: Any, variant: Variant, plan: Plan, room: float, options: argparse.Namespace) -> list[str]:
+    """Changes, each on top of those before it, until the job fits; those that cost least time come first."""
+    job = variant[0]
     lines: list[str] = []
-    for what, changed in _changes(setup, plan):
+    for what, changed in _changes(variant, plan):
         share = changed[0].batch.micro_size / job.batch.micro_size
         load = replace(plan.load, **{part: round(share * getattr(plan.load, part)) for part in PER_SAMPLE})
         try:
@@ -200,13 +202,13 @@ def remedies(model: Any, setup: Setup, plan: Plan, room: float, options: argpars
     return [*lines, "none of these is enough: take more GPUs or a smaller model"]
 
 
-def _planned(model: Any, setup: Setup, load: Load, options: argparse.Namespace) -> Plan:
-    return make_plan(model, *setup, options.gpus, load, attention=options.attention, imbalance=options.imbalance)
+def _planned(model: Any, variant: Variant, load: Load, options: argparse.Namespace) -> Plan:
+    return make_plan(model, *variant, options.gpus, load, attention=options.attention, imbalance=options.imbalance)
 
 
-def _changes(setup: Setup, plan: Plan) -> Iterator[tuple[str, Setup]]:
-    """(what to write, the setup with this and all changes before it)."""
-    job, ds_json = setup
+def _changes(variant: Variant, plan: Plan) -> Iterator[tuple[str, Variant]]:
+    """(what to write, the variant with this change and all before it)."""
+    job, ds_json = variant
     if not job.performance.activation_checkpointing:
         job = _changed(job, "performance", activation_checkpointing=True)
         yield "performance.activation_checkpointing: true", (job, ds_json)
@@ -231,7 +233,7 @@ def _changed(job: JobConfig, section: str, **values: Any) -> JobConfig:
 
 
 def soft_target_bytes(recipe: Recipe, vocabulary: int, samples: int, answers: int) -> int:
-    """Of the whole store; of the codec `sampled` at most, as its records depend on the teacher."""
+    """Bytes of the whole store. An upper bound for the codec `sampled`: there a token's bytes depend on the teacher."""
     spec = codecs.make_spec(recipe.targets, vocabulary)
     if recipe.targets.codec == "sampled":
         bits = spec.draws * (codecs.id_bits(vocabulary) + 2)  # every draw another token
@@ -242,7 +244,7 @@ def soft_target_bytes(recipe: Recipe, vocabulary: int, samples: int, answers: in
 
 
 def count_samples(recipe: Recipe, given: int | None) -> int | None:
-    """Training samples: as given, or as the data set says; None: there is none here."""
+    """Training samples: the number given, else that of the data set; None when it is not on this machine."""
     if given is not None:
         return given
     try:
@@ -338,9 +340,9 @@ def report(plan: Plan, found: Mapping[str, Any], job_name: str, ds_config: Path)
     return "\n".join(lines)
 
 
-def refuse(model: Any, setup: Setup, plan: Plan, room: float, options: argparse.Namespace) -> None:
+def refuse(model: Any, variant: Variant, plan: Plan, room: float, options: argparse.Namespace) -> None:
     """UserError with what would make the job fit."""
-    lines = remedies(model, setup, plan, room, options)
+    lines = remedies(model, variant, plan, room, options)
     raise UserError(
         f"the job needs {plan.peak / GIB:.1f} GiB on a rank; there are {options.gpu_mem:g} GiB, {options.reserve:g} "
         f"of them in reserve. Change, one on top of the other:\n  " + "\n  ".join(lines)

@@ -1,9 +1,9 @@
-"""Which ranks form which groups, for any number of GPUs, before any is asked for.
+"""Which ranks form which groups, for any number of GPUs, before any GPU is asked for.
 
     clkd plan RECIPE.yaml --topology --gpus 8,64,1024 [--gpus-per-node 8] [--deepspeed_config X.json] job=NAME
 
-Checks for each number what training checks at its start: batch and expert groups must come out even. Ends with status 2
-when one of them does not. Like pipeline.cluster.plan it reads configurations, never weights.
+Checks for each number what training checks at its start: the ranks must be able to share batch and experts evenly.
+Ends with status 2 when one number is refused. Reads configurations, never weights.
 """
 
 import argparse

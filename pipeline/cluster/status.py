@@ -31,6 +31,9 @@ ADVICE = {
 """What to do about Slurm's reasons for a job that does not start."""
 
 
+# -- Slurm's queue -----------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Queued:
     """A job, or an array's task, in the queue."""
@@ -60,6 +63,9 @@ def queued(jobs: Collection[int]) -> dict[int, str]:
     return {entry.job: entry.state for entry in queue() if entry.job in jobs} if jobs else {}
 
 
+# -- the screen --------------------------------------------------------------------------------------------------------
+
+
 def table(recipe: Recipe, stages: Sequence[ClusterStage], entries: Sequence[Queued]) -> list[str]:
     """One line per stage: its state, where and how far it is; then the last error."""
     jobs = chain.read_submission(recipe.run.dir).get("jobs", {})
@@ -84,7 +90,7 @@ def table(recipe: Recipe, stages: Sequence[ClusterStage], entries: Sequence[Queu
 def _stands(
     recipe: Recipe, stage: ClusterStage, mine: Sequence[Queued], states: Sequence[dict[str, Any]]
 ) -> tuple[str, str]:
-    """A word and the details."""
+    """How a stage stands: a word (running, waiting, done, failed, stopped, missing), and the details."""
     running = [entry for entry in mine if entry.state in ("RUNNING", "COMPLETING")]
     far = _progress(recipe, stage)
     if running:
@@ -107,6 +113,9 @@ def _stands(
     return "missing", "done with other settings" if states else ""
 
 
+# -- how far a stage is ------------------------------------------------------------------------------------------------
+
+
 def _progress(recipe: Recipe, stage: ClusterStage) -> str:
     if stage.kind == "train":
         return _training(recipe, stage.name.partition(" ")[2])
@@ -127,13 +136,13 @@ def _training(recipe: Recipe, name: str) -> str:
 def _shards(recipe: Recipe) -> str:
     """Committed and planned shards of the store."""
     from pipeline.targets.container.folders import folder_at
-    from pipeline.targets.container.records import read_parts
-    from pipeline.targets.container.shards import recorded_shards
+    from pipeline.targets.container.manifest import read_parts
+    from pipeline.targets.container.shards import committed_shards
 
     folder = folder_at(recipe.store_url)
     try:
         planned = sum(math.ceil(len(part["sample_ids"]) / part["shard_samples"]) for part in read_parts(folder))
-        return f"{len(recorded_shards(folder, 'targets'))}/{planned} shards"
+        return f"{len(committed_shards(folder, 'targets'))}/{planned} shards"
     except (OSError, UserError):
         return ""
 
@@ -155,14 +164,12 @@ def main(recipe: None, options: argparse.Namespace) -> int:
 
 
 def _of_run(place: Path, overrides: Sequence[str]) -> tuple[Recipe, list[ClusterStage]]:
-    """Recipe and stages of a submission; a run's folder remembers with what it was submitted."""
+    """Recipe and stages of a submission: of a recipe's file, or of what a run's folder was submitted with."""
     workers = None
     if place.is_dir():
         sent = chain.read_submission(place)
         if not sent:
-            raise UserError(
-                f"{place}: nothing was submitted from here with pipeline.cluster.submit. Give the recipe's file."
-            )
+            raise UserError(f"{place}: nothing was submitted from here with `clkd submit`. Give the recipe's file.")
         place, overrides, workers = Path(sent["recipe"]), sent["overrides"], int(sent["workers"])
     recipe = load_recipe(place, overrides)
     return recipe, chain.chain(recipe, workers=workers)

@@ -32,7 +32,7 @@ from pipeline.recipe import Recipe
 
 
 def submit(recipe: Recipe, command: argparse.Namespace) -> None:
-    """Send what is missing; prints one line per job."""
+    """Send jobs for the stages that are missing; prints one line per job."""
     everything = chain.chain(recipe, command.overrides, command.workers)
     options = stage_options(recipe.cluster.sbatch, command.options, [stage.name for stage in everything])
     stages = chosen(everything, command.start)
@@ -65,6 +65,9 @@ def submit(recipe: Recipe, command: argparse.Namespace) -> None:
         print(f"follow it:  clkd status {recipe.run.dir}\nstop it:    scancel {_spaced(jobs)}")
     else:
         print("nothing is missing")
+
+
+# -- what is asked for -------------------------------------------------------------------------------------------------
 
 
 def chosen(stages: Sequence[ClusterStage], start: str | None) -> list[ClusterStage]:
@@ -120,7 +123,7 @@ def ranks_of(script: str, options: Sequence[str]) -> int:
 
 
 def refuse_uneven(recipe: Recipe, stage: ClusterStage, ranks: int, ds_config: Path) -> None:
-    """ConfigError when batch or expert groups do not come out even on that many ranks, before they wait in a queue."""
+    """ConfigError when so many ranks cannot share batch or experts evenly: said now, not after waiting in a queue."""
     path = shipped(ds_config, "ds_configs")
     if not path.is_file():
         raise ConfigError(f"{path}: no such DeepSpeed config; see ds_configs/. Nothing was submitted.")
@@ -136,6 +139,9 @@ def refuse_uneven(recipe: Recipe, stage: ClusterStage, ranks: int, ds_config: Pa
             f"stage {stage.name!r}, {ranks} rank(s): {error} --with "
             f"{stage.kind}='--nodes=N --ntasks-per-node=M' sets the ranks."
         ) from None
+
+
+# -- one job -----------------------------------------------------------------------------------------------------------
 
 
 def sbatch_words(
@@ -158,7 +164,7 @@ def sbatch_words(
 
 
 def job_name(recipe: Recipe, stage: ClusterStage) -> str:
-    """`<run>:<stage>`: people see in the queue whose it is."""
+    """`<run>:<stage>`, as people see it in the queue."""
     return f"{recipe.run.dir.name}:{stage.slug}"
 
 
@@ -198,7 +204,7 @@ def environment_of(home: Path) -> str:
 
 
 def _assignments(stage: ClusterStage, command: argparse.Namespace) -> list[str]:
-    """As a person would write the environment before the command."""
+    """The job's variables as a person would write them before the command."""
     return [f"{k}={shlex.quote(v)}" for k, v in _environment(stage, command).items() if v]
 
 
@@ -217,6 +223,9 @@ def _advice(complaint: str) -> str:
     return ""
 
 
+# -- one submission at a time ------------------------------------------------------------------------------------------
+
+
 def refuse_running(recipe: Recipe) -> None:
     """UserError when jobs of an earlier submission are still in the queue: two chains would write one folder."""
     sent = chain.read_submission(recipe.run.dir).get("jobs", {})
@@ -231,7 +240,7 @@ def refuse_running(recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def _one_submission(folder: Path) -> Iterator[None]:
-    """Two people who submit at the same moment: the second waits, and then sees the first one's jobs."""
+    """One submission at a time. A second one waits here, and then finds the first one's jobs in the queue."""
     with (folder / "submit.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

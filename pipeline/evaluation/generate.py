@@ -1,7 +1,7 @@
 """Greedy generation over a model's own forward: batched for answers, step by step for timing.
 
-transformers' `generate()` gives the same tokens (tests compare them) but spends, on small models, as much time around
-the forward as in it; a loop this thin measures the model.
+transformers' `generate()` gives the same tokens (tests compare them), but with small models it spends as much time
+around the forward as in it. This loop does little besides the forward, so timing it measures the model.
 Shapes: B samples, S prompt length (padded on the left), T new tokens.
 """
 
@@ -67,7 +67,7 @@ class GreedyDecoder:
     def first(self) -> Tensor:
         """Read the prompt, images included; the first token ids i64[B]."""
         token_B = self._forward(**self.inputs)
-        # An image's tokens share positions: text after it continues earlier than its index says.
+        # An image's tokens share positions, so the text after it has smaller positions than its place in the sequence.
         base: Any = self.model.base_model
         self.position_B1: Tensor = self.length_B1 + base.rope_deltas
         return token_B
@@ -109,8 +109,8 @@ def greedy(
         inputs: as `model_inputs` gives them, on the model's device.
         max_new_tokens: longest continuation, at least 1.
         stop_ids: tokens that end a sample; with none every continuation has max_new_tokens.
-        in_step: the ranks share this model's experts or weights, so that each goes on until all are done. Every rank
-            then calls this with the same max_new_tokens; batches may differ in all else.
+        in_step: the ranks share this model's experts or weights, so each must go on until all are done. Every rank
+            then calls this with the same max_new_tokens; all else may differ.
     """
     decoder = GreedyDecoder(model, inputs)
     token_B = decoder.first()
@@ -175,7 +175,7 @@ def shared_answers(
 
 
 def _finished(done_B: Tensor, in_step: bool) -> bool:
-    """Whether all samples are done; of all ranks if they keep in step."""
+    """Whether all samples are done, those of all ranks if `in_step`."""
     done = done_B.all().to(torch.int32)
     if in_step:
         dist.all_reduce(done, op=dist.ReduceOp.MIN)

@@ -1,8 +1,9 @@
 """How fast models answer one question at a time, measured together so that machine noise hits all of them alike.
 
-Every prompt is answered by every model in turn, several times, and ratios are taken between neighbours in time before
-the median. All models write the same forced number of tokens: a shorter answer is no speed.
-Image decoding and tokenizing are the same work for every model and are left out; the vision tower is in.
+Every prompt is answered by every model in turn, several times. Ratios are taken between answers that were given one
+after the other, and then their median. All models write the same number of tokens, because a shorter answer does not
+make a model faster. Image decoding and tokenizing are the same work for every model and are not timed; the vision tower
+is.
 """
 
 import time
@@ -60,11 +61,11 @@ def time_answer(model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens
     started = time.perf_counter()
     decoder = GreedyDecoder(model, dict(inputs))
     token_B = decoder.first()
-    token_B.tolist()  # a first token counts when the host has it
+    token_B.tolist()  # the first token counts from when it has reached the host
     first = time.perf_counter()
     for _ in range(new_tokens - 1):
         token_B = decoder.next(token_B)
-        token_B.tolist()  # a reader, and a stop check, need every token as it comes
+        token_B.tolist()  # a real answer needs every token at once, to show it and to see whether it is the last
     ended = time.perf_counter()
     return Timing(
         ttft_ms=(first - started) * 1e3,

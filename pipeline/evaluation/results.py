@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 BLIND_TARGET = 2.0
-"""A teacher that looks scores at least this many times what the text alone gives away."""
+"""A teacher that uses the image scores at least this many times as high as with the image blanked."""
 QUALITY_TARGET = 0.95
 SPEED_TARGET = 2.0
 _PACKAGES = ("torch", "transformers", "deepspeed")
@@ -52,7 +52,7 @@ class Bar:
 
     name: str
     value: float | None
-    """None: not measured, or something compared with 0; nothing compared with 0 counts as 0."""
+    """None: not measured, or a number above 0 over 0. 0 over 0 counts as 0."""
     target: float
     reached: bool
 
@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def latency_line(settings: Mapping[str, Any]) -> str:
-    """What the timings hold for, in one line: they mean nothing without it."""
+    """The settings that the timings were taken with, in one line."""
     return (
         f"latency: batch {settings['batch_size']}, {settings['new_tokens']} forced new tokens, "
         f"{settings['samples']} samples x {settings['repeats']} repeats, {settings['threads']} thread(s), "

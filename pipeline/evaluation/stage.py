@@ -38,9 +38,12 @@ Json = dict[str, Any]
 Scores = Mapping[str, Mapping[str, float]]
 
 
+# -- rows: answers and timings, from disk where they were made the same way --------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One row's file: what was asked, said and scored."""
+    """One row of the table, answered and scored."""
 
     row: EvaluationRow
     params: tuple[int, int]
@@ -155,7 +158,7 @@ class Evaluation:
         return {"weights": self.weights[row.model], "blind": row.blind, **settings, **self._common_identity()}
 
     def _latency_identity(self) -> Json:
-        """Row names do not matter, the order of the models does: the first is the reference."""
+        """Row names are not in it. The order of the models is: the first one is the reference."""
         shared = {"machine": results.machine(self.device), **self._latency_settings(), **self._common_identity()}
         return {"weights": [[reference, digest] for reference, digest in self.weights.items()], **shared}
 
@@ -172,10 +175,13 @@ class Evaluation:
         }
 
 
+# -- which samples -----------------------------------------------------------------------------------------------------
+
+
 def questions(recipe: Recipe) -> list[Sample]:
     """The test split, sorted by sample_id: samples with an answer, at most `evaluation.limit` per task and slice.
 
-    The first by sample_id are taken: ids are content hashes, so this is a fixed random subset.
+    The first ones by sample_id are taken. Ids are content hashes, so this is a random subset, and always the same.
 
     Raises:
         DataError: nothing in the split has an answer.
@@ -202,6 +208,9 @@ def timed_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
         groups[sample.task, sample.slice].append(sample)
     ranked = [(rank, group, sample) for group, members in groups.items() for rank, sample in enumerate(members)]
     return [sample for _, _, sample in sorted(ranked, key=lambda r: r[:2])[:count]]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
 
 
 def evaluate(recipe: Recipe) -> Json:
@@ -262,6 +271,9 @@ def _record(sample: Sample, prediction: str) -> Json:
         "gold": sample.answer,
         "prediction": prediction,
     }
+
+
+# -- checks before anything slow begins --------------------------------------------------------------------------------
 
 
 def _baselines(rows: Sequence[EvaluationRow]) -> dict[str, EvaluationRow]:

@@ -37,7 +37,7 @@ from pipeline.training.batches import MicroBatch, MicroBatches, Request, iterate
 FIT_SAMPLES = 256
 """Samples that a map W is fitted on for a student that was trained without one."""
 RIDGE = 1e-3
-"""Of that fit, as a share of the mean square of a feature."""
+"""Strength of that fit's regularisation, as a share of the mean square of a feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,9 @@ class Visit:
     """Of the teacher."""
     distance_C: Tensor | None = None
     """g of each image cell; None without a W."""
+
+
+# -- the student -------------------------------------------------------------------------------------------------------
 
 
 def open_student(recipe: Recipe, ref: str, processor: Processor) -> Student:
@@ -132,9 +135,12 @@ def _from_checkpoint(folder: Path, ref: str) -> Student:
     return Student(ref, model, digest, None if layer is None else map_RD, layer)
 
 
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Scorer:
-    """Scores samples for a student. `map_RD` and `layer`: for distances of image cells; None: tokens alone."""
+    """Scores samples for a student. With `map_RD` and `layer` it measures image cells too, else tokens alone."""
 
     student: Student
     processor: Processor
@@ -172,8 +178,8 @@ class Scorer:
     def fit_map(self, samples: Sequence[Sample], layer: int) -> None:
         """Fit W by ridge regression of the sketches' directions on the student's features, on some of the samples.
 
-        Cosines ignore lengths, so the sketches are scaled to length 1. For looking at a student that was trained
-        without features: what no linear map finds in it, it does not see. [ours]
+        Cosines ignore lengths, so the sketches are scaled to length 1. This is for looking at a student that was
+        trained without features: what no linear map can find in its features, it does not see. [ours]
         """
         chosen = samples[:: max(1, len(samples) // FIT_SAMPLES)][:FIT_SAMPLES]
         self.layer = layer
@@ -186,7 +192,7 @@ class Scorer:
         self.map_RD = torch.linalg.solve(gram_DD + ridge, cross_DR).T.float()
 
     def _batches(self, samples: Sequence[Sample], *, with_features: bool) -> Iterator[MicroBatch]:
-        """Every sample once, all of them as if nothing was released."""
+        """Micro-batches of every sample once, with alpha 1 for all: the teacher's targets are read for each."""
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].answer))
         requests = []
         for start in range(0, len(order), self.batch_size):

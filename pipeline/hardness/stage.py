@@ -1,4 +1,4 @@
-"""H2G from outside of training: the table that training starts from, scores of a whole data set, and a look at them.
+"""H2G outside of training: the table that training starts from, scores of a whole data set, and a page about them.
 
     clkd hardness RECIPE.yaml
     clkd hardness RECIPE.yaml --student REF [job=NAME]
@@ -34,12 +34,12 @@ from pipeline.method.hardness import ORIGIN, HardnessTable, table_origin
 from pipeline.method.pooling import teacher_prior
 from pipeline.models.families import load_config
 from pipeline.recipe import HardnessConfig, Recipe
-from pipeline.targets.container.records import identity_digest
+from pipeline.targets.container.manifest import identity_digest
 from pipeline.targets.identity import dataset_fingerprint
 from pipeline.targets.store import SoftTargetStore
 
 PART_SAMPLES = 4096
-"""Samples whose scores are kept when scoring is interrupted."""
+"""Samples whose scores are written together: what an interrupted scoring has to repeat at most."""
 
 
 def prior_table(samples: Sequence[Sample], store: SoftTargetStore, settings: HardnessConfig) -> HardnessTable:
@@ -49,7 +49,7 @@ def prior_table(samples: Sequence[Sample], store: SoftTargetStore, settings: Har
 
 
 def scored_table(scorer: Scorer, samples: Sequence[Sample], path: Path, origin: str) -> HardnessTable:
-    """The table of a student's scores, which stand where the prior does. Goes on where an earlier call was stopped.
+    """The table with a student's scores in the place of the prior. Goes on where an earlier call was interrupted.
 
     Args:
         path: where the table will be; parts lie beside it until all are there.
@@ -114,7 +114,7 @@ def _scorer(run: Run, options: argparse.Namespace) -> Scorer:
 
 
 def _fit_map(run: Run, scorer: Scorer, layer: int | None) -> None:
-    """A W for the page, unless the student has its own or there are no sketches."""
+    """Fit a map W for the page, unless the student has its own or there are no sketches."""
     sketches = run.recipe.targets.sketches
     if sketches is None or scorer.map_RD is not None:
         return
@@ -167,6 +167,6 @@ def main(recipe: Recipe, options: argparse.Namespace) -> None:
 
 
 def _command(options: argparse.Namespace) -> str:
-    """What makes the page again."""
+    """The command that makes the page again."""
     student = ["--student", options.student] if options.student else []
     return shlex.join(["clkd", "hardness", str(options.recipe), "--inspect", *student, *options.overrides])

@@ -1,4 +1,4 @@
-"""What `clkd hardness --inspect` shows: which samples, and what of them.
+"""What `clkd hardness --inspect` shows: which samples, and which numbers of each.
 
 Shapes: T answer tokens of a sample.
 """
@@ -26,7 +26,7 @@ FOREVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What every command reads."""
+    """What every form of `clkd hardness` reads, opened and checked."""
 
     recipe: Recipe
     processor: Processor

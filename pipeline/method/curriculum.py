@@ -19,9 +19,12 @@ Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
 VISIT_PENALTY, MOST_VISITS = 1.0, 600
-"""Nats of log-weight that a visit costs against the least visited sample; beyond the most they cost no more. [ours]"""
+"""Nats of log-weight that a visit costs against the least visited sample; from the most on, no more is taken. [ours]"""
 SWEEP_SHARE = 0.25
 """Largest share of a window for samples that would otherwise wait too long. [ours]"""
+
+
+# -- schedules ---------------------------------------------------------------------------------------------------------
 
 
 def competence(tau: float, start: float, until: float) -> float:
@@ -33,12 +36,17 @@ def competence(tau: float, start: float, until: float) -> float:
 
 
 def tilt(competence: float, start: float, betas: tuple[float, float]) -> float:
-    """beta: in a straight line from the first at competence `start` to the second at competence 1. [ours]
+    """beta: a straight line from the first of `betas` at competence `start` to the second at competence 1. [ours]
 
-    Above 0 hard ones are preferred, below 0 easy ones.
+    Above 0 hard samples are preferred, below 0 easy ones.
     """
     first, last = betas
     return last if start >= 1.0 else first + (last - first) * (competence - start) / (1 - start)
+
+
+# -- orders of samples -------------------------------------------------------------------------------------------------
+# An order is global: the ranks of a job take strides of it. It is a function of table, window and seed, never of the
+# number of ranks, so a job that goes on with another number of ranks sees the same samples in the same steps.
 
 
 def uniform_order(num_samples: int, seed: int, start: int, size: int) -> Indices:
@@ -77,12 +85,15 @@ def plan_window(
     arXiv:1903.06059], as a race: the smallest times -log(1 - U) / a come first, U hashed from (seed, window, sample).
     Whole passes come first when the window is longer than the eligible set.
 
-    Each stratum keeps at least `floor` of its proportional share, and a sweep bounds the wait: window w checks K table
-    positions, from w K on and around, K = `sweep_size`, and takes the eligible ones not drawn in the C - 1 windows
-    before, C = ceil(M / K). Any C windows check every sample, so while all are eligible **every sample is drawn in any
-    2 C - 1 consecutive windows**, `longest_wait`: it is checked in one of the last C of them, and then either was
-    drawn in the C - 1 before, which are among the 2 C - 1 too, or is drawn now. [combination ours]
+    Each stratum keeps at least `floor` of its proportional share.
+
+    A sweep bounds how long a sample waits. Window w checks K = `sweep_size` table positions, from w K on and around the
+    end, and takes the eligible ones that no window drew in the C - 1 windows before, C = ceil(M / K). So any C windows
+    check every sample, and while all are eligible **every sample is drawn in any 2 C - 1 consecutive windows**
+    (`longest_wait`): one of the last C of them checks it, and it is drawn then unless one of the C - 1 windows before
+    drew it, and those are among the 2 C - 1 as well. [combination ours]
     """
+    # Every pass has a key of its own; 1009 numbers are set aside for the passes of one window.
     field = _Race(ranks, visits_M, stratum_M, window.competence, window.beta)
     passes, rest = divmod(window.size, int(field.eligible_S.sum()))
     streams = [_key(seed, window.number * 1009 + turn) for turn in range(passes + 1)]
@@ -94,7 +105,7 @@ def plan_window(
 
 
 def sweep_size(size: int, floor: float) -> int:
-    """K: table positions that a window checks for samples that wait. What strata are guaranteed always has room too."""
+    """K: table positions that a window checks for samples that wait. It leaves room for what strata are guaranteed."""
     return max(1, min(int(SWEEP_SHARE * size), size - int(floor * size)))
 
 
@@ -114,7 +125,7 @@ def _sweep_windows(num_samples: int, size: int, floor: float) -> int:
 
 
 def _overdue(field: "_Race", last_window_M: NDArray[np.integer], window: Window) -> Indices:
-    """The eligible among the positions that this window checks that were not drawn for a whole sweep; ascending."""
+    """Eligible samples that this window checks and that no window drew for a whole sweep; ascending."""
     num_samples, checked = len(last_window_M), sweep_size(window.size, window.floor)
     turn = _sweep_windows(num_samples, window.size, window.floor)
     positions = (window.number * checked + np.arange(min(checked, num_samples), dtype=np.int64)) % num_samples
@@ -123,13 +134,19 @@ def _overdue(field: "_Race", last_window_M: NDArray[np.integer], window: Window)
 
 
 def _chosen(field: "_Race", key: np.uint64, size: int, floor: float, forced: Indices) -> Indices:
-    """`size` of the field: the forced, each stratum's guaranteed, and then whoever comes first; in order of times."""
+    """`size` samples of the race, by ascending time: the forced, each stratum's guaranteed, then the first of the rest.
+
+    Args:
+        forced: taken whatever their times are; they count toward their strata's guarantee.
+    """
     guaranteed_S = np.floor(floor * size * field.eligible_S / field.eligible_S.sum()).astype(np.int64)
+    # Candidates: the first `size` overall, and enough of each stratum, both before the forced are taken out.
     ranked, times = field.first(key, size, guaranteed_S)
     others = ~np.isin(ranked, forced)
     ranked, times = ranked[others], times[others]
     missing_S = guaranteed_S - np.bincount(field.stratum_M[forced], minlength=len(guaranteed_S))
     stratum = field.stratum_M[ranked]
+    # `ranked` is in order of time, so the first of a stratum, and the first that are left, are those that come first.
     kept = np.zeros(len(ranked), bool)
     for code, missing in enumerate(missing_S):
         kept[np.flatnonzero(stratum == code)[: max(missing, 0)]] = True
@@ -137,6 +154,12 @@ def _chosen(field: "_Race", key: np.uint64, size: int, floor: float, forced: Ind
     index, times = np.concatenate([forced, ranked[kept]]), np.concatenate([field.times(key, forced), times[kept]])
     order: Indices = index[np.lexsort((index, times))]
     return order
+
+
+# -- drawing by weight -------------------------------------------------------------------------------------------------
+# Taking the k smallest exponential times with the weights as rates is a weighted draw without replacement. Each
+# sample's time depends on the seed, the window and the sample alone, so samples can be looked at in any order, and most
+# never: those whose time lies beyond a limit are skipped by one comparison.
 
 
 class _Race:
@@ -150,6 +173,7 @@ class _Race:
         competence: float,
         beta: float,
     ) -> None:
+        # The weight is a product of two small tables, by code and by visits: no array of weights of all samples exists.
         self.code_M, self.visits_M, self.stratum_M = ranks.code_M, visits_M, stratum_M
         self.reach_S, self.eligible_S = _reach(ranks, competence)
         self.tilt_SQ = _exp(beta * (2 * ranks.percentile_SQ.astype(np.float64) - 1))
@@ -160,6 +184,7 @@ class _Race:
         table_loops.weight_sums(*columns, self.tilt_SQ, self.fade_V, self.least, self.sums_S)
 
     def is_eligible(self, index: Indices) -> NDArray[np.bool_]:
+        """Whether each of some samples may be drawn."""
         eligible: NDArray[np.bool_] = self.code_M[index] <= self.reach_S[self.stratum_M[index]]
         return eligible
 
@@ -173,14 +198,15 @@ class _Race:
     def first(self, key: np.uint64, size: int, size_S: Indices) -> tuple[Indices, NDArray[np.float64]]:
         """Samples by ascending time, with their times: at least the first `size`, and the first `size_S` of strata.
 
-        Only samples up to a limit of time are looked at, which is raised until they are enough: the result is that of
-        sorting all.
+        The result begins as that of sorting all samples. But only samples up to a limit of time are looked at; the
+        limit is estimated from the sum of weights, and doubled until there are enough.
         """
         total, wanted_S = int(self.eligible_S.sum()), np.minimum(size_S, self.eligible_S)
         expected = _ample(np.array([min(size, total)]))[0] / self.sums_S.sum()
         expected_S = np.where(wanted_S > 0, _ample(wanted_S) / np.maximum(self.sums_S, 1e-300), 0)
         room = min(total, 2 * (int(_ample(np.array([size]))[0]) + int(_ample(wanted_S).sum())))
         while True:
+            # With room for all samples there is no limit: the loop ends at the latest then.
             everyone = room == total
             limit_S = np.full(len(expected_S), np.inf) if everyone else np.maximum(expected, expected_S)
             found = self._found(key, limit_S, room)
@@ -188,7 +214,8 @@ class _Race:
                 room = min(2 * room, total)
                 continue
             times = self.times(key, found)
-            # What rounding may have left out lies within a hair of the limit.
+            # `_found` compares rounded products, so it may have left out samples next to the limit. Only those clearly
+            # below it are counted.
             surely = times <= limit_S[self.stratum_M[found]] * (1 - 1e-9)
             number_S = np.bincount(self.stratum_M[found][surely], minlength=len(wanted_S))
             enough = int((times <= expected * (1 - 1e-9)).sum()) >= min(size, total)
@@ -198,6 +225,7 @@ class _Race:
             expected, expected_S, room = 2 * expected, 2 * expected_S, min(2 * room, total)
 
     def _found(self, key: np.uint64, limit_S: NDArray[np.float64], room: int) -> Indices | None:
+        """Samples with a time up to their stratum's limit, in table order; None when there are more than `room`."""
         found = np.empty(room, np.int64)
         number = table_loops.race(
             self.code_M,
@@ -217,7 +245,7 @@ class _Race:
 def _reach(ranks: Ranks, competence: float) -> tuple[Indices, Indices]:
     """Highest eligible code of each stratum, and how many samples that makes.
 
-    A stratum too small to have any up to the competence gives its easiest, so that no task is left out.
+    A stratum that has no sample up to the competence gives its easiest code, so that no task is left out.
     """
     reach_S, eligible_S = np.empty(len(ranks.count_SQ), np.int64), np.empty(len(ranks.count_SQ), np.int64)
     for stratum, (count_Q, percentile_Q) in enumerate(zip(ranks.count_SQ, ranks.percentile_SQ, strict=True)):
@@ -234,6 +262,9 @@ def _ample(size: NDArray[np.int64]) -> NDArray[np.float64]:
     return ample
 
 
+# -- random numbers that are the same on every machine -----------------------------------------------------------------
+
+
 def _permuted(index: Indices, num_samples: int, seed: int, epoch: int) -> Indices:
     """A seeded permutation of range(num_samples) at some places, without computing it at the others.
 
@@ -245,6 +276,7 @@ def _permuted(index: Indices, num_samples: int, seed: int, epoch: int) -> Indice
     keys = [_key(seed, 8 * epoch + k) for k in range(8)]
     result = index.astype(np.uint64)
     outside = np.arange(len(result))
+    # A result beyond the data set is permuted again until it lies inside: that keeps it a permutation.
     while len(outside):
         x = result[outside]
         left, right = x >> half, x & mask
@@ -256,19 +288,21 @@ def _permuted(index: Indices, num_samples: int, seed: int, epoch: int) -> Indice
 
 
 def _key(seed: int, stream: int) -> np.uint64:
+    """Key of one of a seed's many independent streams of numbers."""
     with np.errstate(over="ignore"):
         key: np.uint64 = _splitmix(np.uint64(seed % 2**64) ^ _splitmix(np.uint64(stream % 2**64)))
     return key
 
 
 def _uniform(index: Indices, key: np.uint64) -> NDArray[np.float64]:
-    """Uniform in (0, 1) from a counter hash: the same on every machine. `table_loops.race` computes the same."""
+    """Uniform in (0, 1), a hash of key and sample. `table_loops.race` computes the same numbers."""
     bits = _splitmix(index.astype(np.uint64) ^ key)
     uniform: NDArray[np.float64] = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
     return uniform
 
 
 def _splitmix(x: Any) -> Any:
+    """A 64-bit hash of each number [published: SplitMix64]."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

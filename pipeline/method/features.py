@@ -24,6 +24,9 @@ IMAGE = 1
 """Value of `mm_token_type_ids` at image tokens."""
 
 
+# -- where features are in a batch -------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Places:
     """Where a padded batch has the features of some of its samples."""
@@ -61,6 +64,7 @@ def find_places(
         sample_N, position_N: the rows that predict answer tokens, sample by sample.
         samples: positions in the batch, ascending.
     """
+    # Images are listed over the whole batch: which sample has how many is told by its image tokens.
     images = [(int(rows) // merge_size, int(columns) // merge_size) for _, rows, columns in image_grid_thw.tolist()]
     is_image_BS, length = types_BS == IMAGE, types_BS.shape[1]
     image, answer, grids, cells, tokens, chosen = [], [], [], [], [], set(samples)
@@ -92,17 +96,20 @@ def gather(hidden_BSD: Tensor, places: Places) -> Tensor:
     return torch.cat([*cells, flat[places.answer_N].float()])
 
 
+# -- hidden states of the model ----------------------------------------------------------------------------------------
+
+
 class HiddenStates:
     """Holds what a decoder layer reads while the context is open, gradients attached.
 
-    Nothing is kept of recomputation in backward (activation checkpointing), which runs outside of the context.
+    Under activation checkpointing a layer runs again in backward. That happens after the context, so it is not kept.
     """
 
     def __init__(self, model: Any, layer: int, setting: str, whose: str) -> None:
-        """Of a Hugging Face model's decoder; the number of its layers means what the LM head reads.
+        """Of a Hugging Face model's decoder. `layer` may be the number of its layers: that is what the LM head reads.
 
         Args:
-            setting, whose: name of the setting that `layer` is and of the model's part, for the error.
+            setting, whose: the setting that `layer` comes from, and `teacher` or `student`, for the error.
 
         Raises:
             ConfigError: the decoder has fewer layers.
@@ -116,7 +123,7 @@ class HiddenStates:
 
     @property
     def hidden_BSD(self) -> Tensor:
-        """The last forward's."""
+        """Hidden states of the last forward."""
         assert self._seen is not None, "no forward while the context was open"
         return self._seen
 
@@ -135,6 +142,9 @@ class HiddenStates:
 
     def _keep_output(self, module: nn.Module, args: Any, output: Any) -> None:
         self._seen = output.last_hidden_state
+
+
+# -- sketches of the teacher, and the map W ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +169,7 @@ class FeatureTargets:
 def join_sketches(
     store: SketchStore, ids: Sequence[str], alpha_B: Tensor, places: Places, count: int
 ) -> FeatureTargets:
-    """Stored sketches of the samples with alpha > 0, whose `places` those are.
+    """Stored sketches of the samples with alpha > 0. `places` are of the same samples.
 
     Args:
         ids: sample ids of the micro-batch.

@@ -20,11 +20,14 @@ from torch.autograd.function import once_differentiable
 from pipeline.method.losses import DistillationTerms, distillation_loss
 from pipeline.targets.soft_targets import SoftTargets
 
+# -- sizes -------------------------------------------------------------------------------------------------------------
+# A chunk is what one matrix product makes; a piece is what the loss takes of it at a time.
+
 CHUNK_ELEMENTS = 1 << 26
 """Logits that exist at a time: 441 rows at V = 151,936. Half as many make the matrix products 3% slower on a CPU."""
 PIECE_ELEMENTS = {"cpu": 1 << 21}
 """Logits that the loss works on at a time, in about six float32 tensors. CPUs: what caches and the allocator's heap
-hold, less than half the time of a whole chunk at once."""
+hold; the loss then takes less than half the time that it takes on a whole chunk at once."""
 PIECE_ELEMENTS_ELSEWHERE = 1 << 24
 """GPUs: larger, so that launching kernels does not dominate; not measured."""
 
@@ -32,6 +35,9 @@ RowsLoss = Callable[[slice, Tensor], Tensor]
 """(which rows, their logits [n, V]) -> differentiable scalar, a sum over the rows."""
 HeadLoss = Callable[[Tensor, Tensor], DistillationTerms]
 """(hidden states [N, D], the head's weight [V, D]) -> the loss and its measures."""
+
+
+# -- the loss, chunk by chunk ------------------------------------------------------------------------------------------
 
 
 def fused_distillation_loss(
@@ -69,6 +75,7 @@ def fused_distillation_loss(
         piece_elements = PIECE_ELEMENTS.get(hidden_ND.device.type, PIECE_ELEMENTS_ELSEWHERE)
     if not isinstance(alpha_N, Tensor):
         alpha_N = torch.full((num_rows,), float(alpha_N), device=labels_N.device)
+    # The measures a row are written into these while the chunks go by; autograd sees the sum of the losses alone.
     gated = settings.get("gate_scale") is not None
     whole = _no_terms(labels_N, with_targets=targets is not None, with_gate=targets is not None and gated)
 
@@ -104,6 +111,7 @@ def _take(terms: DistillationTerms, rows: slice, whole: DistillationTerms) -> No
 
 def linear_loss(hidden_ND: Tensor, weight_VD: Tensor, loss: RowsLoss, chunk_rows: int, piece_rows: int) -> Tensor:
     """Sum over pieces of `loss` of the logits hidden @ weight^T: a float32 scalar, differentiable once."""
+    # A custom function is told that inputs want gradients even where none are wanted: detach them then.
     if not torch.is_grad_enabled():
         hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     arguments = hidden_ND, weight_VD, loss, chunk_rows, piece_rows
@@ -112,6 +120,8 @@ def linear_loss(hidden_ND: Tensor, weight_VD: Tensor, loss: RowsLoss, chunk_rows
 
 
 class _LinearLoss(torch.autograd.Function):
+    """Forward computes the gradients too, so no logits are kept; backward scales them by the loss's own gradient."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, loss: RowsLoss, chunk_rows: int, piece_rows: int
@@ -122,6 +132,7 @@ class _LinearLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden_ND.device)
         for rows in _even_slices(len(hidden_ND), chunk_rows):
             logits_nV = hidden_ND[rows] @ weight_VD.t()
+            # A piece's gradient takes the place of its logits: after the loop the chunk is all gradient.
             for piece in _even_slices(len(logits_nV), piece_rows):
                 where = slice(rows.start + piece.start, rows.start + piece.stop)
                 total += _into_gradient(logits_nV[piece], partial(loss, where), wants_hidden or wants_weight)
@@ -147,8 +158,12 @@ class _LinearLoss(torch.autograd.Function):
         return grad_ND, grad_VD, None, None, None
 
 
+# -- pieces, and their gradients ---------------------------------------------------------------------------------------
+
+
 def _even_slices(length: int, most: int) -> Iterator[slice]:
-    """Slices that cover `length` rows, at most `most` each, as equal as can be; one empty slice for no rows."""
+    """Slices that cover `length` rows, at most `most` each, as equal as can be. No rows: one empty slice, since a rank
+    without answer tokens computes a loss of 0 and gradients of 0 like the others."""
     count = max(1, -(-length // most))
     size = max(1, -(-length // count))
     for start in range(0, max(1, length), size):
@@ -182,6 +197,9 @@ def _add_product(sum_VD: Tensor, grad_nV: Tensor, hidden_nD: Tensor, *, first: b
             sum_VD[words] += product
 
 
+# -- inside the model --------------------------------------------------------------------------------------------------
+
+
 class FusedHead:
     """Lets a model's LM head compute a loss in the logits' place, during forwards that ask for it.
 
@@ -198,6 +216,7 @@ class FusedHead:
         head: Any = model.get_output_embeddings()  # type: ignore[operator]
         if getattr(head, "bias", None) is not None:
             raise ValueError(f"the LM head of {type(model).__name__} has a bias, which the fused loss leaves out")
+        # Only the method is replaced: the module, its name and its hooks stay, which DeepSpeed and checkpoints rely on.
         self._head, self._logits = head, head.forward
         self._rows_BW: Tensor | None = None
         self._loss: HeadLoss | None = None
@@ -225,6 +244,7 @@ class FusedHead:
         if self._loss is None or self._rows_BW is None:
             logits: Tensor = self._logits(hidden_BWD)
             return logits
+        # What is kept has no graph: the head's output alone carries the gradient.
         terms = self._loss(hidden_BWD[self._rows_BW], self._head.weight)
         self._terms = replace(terms, loss_sum=terms.loss_sum.detach())
         return terms.loss_sum

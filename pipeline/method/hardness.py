@@ -1,8 +1,8 @@
-"""The hardness of every sample of a data set, kept fresh from the scores of its visits.
+"""The hardness of every sample of a data set, brought up to date by the scores of its visits.
 
 Shapes: M samples of the data set, S strata, Q codes of quantised hardness.
 
-Held in memory are numbers alone, 19 bytes a sample (20 with more than 256 strata), and 2 more while ranks are in use.
+Only numbers are held in memory, 19 bytes a sample (20 with more than 256 strata), and 2 more while ranks are in use.
 Sample ids stay in the Parquet file that a table was read from, and are read a block at a time.
 """
 
@@ -71,7 +71,10 @@ class Ranks:
 
 
 class HardnessTable:
-    """D_i of every sample, in the order of the sample ids (ascending)."""
+    """D_i of every sample, in the order of the sample ids (ascending).
+
+    Everywhere else a sample is an index into this table: plans, requests and scores say a number, not an id.
+    """
 
     def __init__(self, sample_ids: Sequence[str], strata: Sequence[str], prior: Floats) -> None:
         ids = pa.array(sample_ids, pa.string())
@@ -85,6 +88,7 @@ class HardnessTable:
     def _start(
         self, ids: pa.Array | pq.ParquetFile, strata: list[str], stratum: NDArray[np.integer], prior: Floats
     ) -> None:
+        # Ids are an array, or the open file that they are in; of a subset, `_kept` says which of them it has.
         self._ids = ids
         self._kept: NDArray[np.bool_] | None = None
         self.strata, self.stratum, self.prior = strata, stratum, prior
@@ -131,10 +135,12 @@ class HardnessTable:
             block.to_pylist() == list(islice(rest, len(block))) for block in self.ids()
         )
 
-    # -- what training changes ---------------------------------------------------------------------------------
+    # -- what training changes -----------------------------------------------------------------------------------------
+    # A planned window is drawn at once, before it is trained; scores come back step by step, to the samples that the
+    # teacher still teaches. While a thread plans the next window from the table, scores wait.
 
     def draw(self, index: Indices, window: int) -> None:
-        """Count the visits of a window's samples, when it is planned: it will be trained on, scored or not."""
+        """Count the visits of a window's samples. Called when it is planned: all are trained on, scored or not."""
         drawn, times = np.unique(index, return_counts=True)
         room = np.iinfo(np.uint16).max - self.visits[drawn].astype(np.int64)
         self.visits[drawn] += np.minimum(times, room).astype(np.uint16)
@@ -144,14 +150,14 @@ class HardnessTable:
         """D_i <- mu D_i + (1 - mu) s_i for the scored; a sample met twice in a step is updated once, by its mean.
 
         The first score replaces the prior, which was the teacher's view and not the student's. NaN is no score.
-        Between `freeze` and `thaw` it is kept, and done by `thaw`.
+        Between `freeze` and `thaw` the scores are set aside; `thaw` takes them in.
         """
         if self._waiting is not None:
             self._waiting.append((index, scores, step, ema))
             return
         scored = np.isfinite(scores)
         seen, inverse = np.unique(index[scored], return_inverse=True)
-        # bincount sums float32 scores in float64, so the order that ranks deliver them in leaves no trace.
+        # bincount sums float32 scores in float64: exact, so it does not matter in which order the ranks sent them.
         mean = (np.bincount(inverse, scores[scored]) / np.bincount(inverse)).astype(np.float32)
         blended = np.float32(ema) * self.difficulty[seen] + np.float32(1 - ema) * mean
         self.difficulty[seen] = np.where(self.last_step[seen] < 0, mean, blended)
@@ -167,25 +173,31 @@ class HardnessTable:
         for arguments in waiting:
             self.update(*arguments)
 
-    # -- percentiles -------------------------------------------------------------------------------------------
+    # -- percentiles ---------------------------------------------------------------------------------------------------
+    # A hardness means something only among samples of one stratum (a task), so ranks are within strata. Three passes
+    # over the table: sums of each stratum, the range of what is ranked, and its codes; nothing is sorted.
 
     def ranks(self, *, step: int, half_life_steps: float) -> Ranks:
-        """u_i in (0, 1): rank of D_i within its stratum, D_i in 65,536 steps of the stratum's range; equals share one.
+        """u_i in (0, 1): rank of D_i within its stratum. D_i is rounded to 65,536 steps of the stratum's range; samples
+        with the same step share a rank.
 
         A scored entry relaxes toward its stratum's mean with the given half-life since its last score. An entry never
         scored is ranked by its prior, moved by how far scores lie from priors on average in its stratum: while the
         student is weak every visit scores high, and seen easy samples would otherwise outrank unseen hard ones. [ours]
         """
+        # First pass: how far scores lie from priors, and the mean that scored entries relax to.
         columns = self.difficulty, self.prior, self.last_step, self.stratum
         sums_S5 = np.zeros((len(self.strata), 5))
         table_loops.stratum_sums(*columns, sums_S5)
         scored_S, moved_S, difficulty_S, unscored_S, prior_S = sums_S5.T
         shift_S = moved_S / np.maximum(scored_S, 1)
         mean_S = (difficulty_S + prior_S + unscored_S * shift_S) / np.maximum(scored_S + unscored_S, 1)
+        # Second pass: the range, after relaxing. The decay of every possible age is looked up, not computed a sample.
         oldest = max(step - int(self.last_step.min(where=self.last_step >= 0, initial=step)), 0)
         relaxing = *columns, step, decay(oldest, half_life_steps), mean_S, shift_S
         low_S, high_S = np.full(len(self.strata), np.inf), np.full(len(self.strata), -np.inf)
         table_loops.relaxed_range(*relaxing, low_S, high_S)
+        # Third pass: codes and their counts, from which percentiles follow by cumulative sums.
         width_S = np.where(high_S > low_S, high_S - low_S, 1)
         code_M, count_SQ = np.empty(len(self), np.uint16), np.zeros((len(self.strata), CODES), np.int64)
         table_loops.quantise(*relaxing, low_S, (CODES - 1) / width_S, code_M, count_SQ)
@@ -195,7 +207,9 @@ class HardnessTable:
         """u_i of all samples, see `ranks`."""
         return self.ranks(step=step, half_life_steps=half_life_steps).of(self.stratum, slice(None))
 
-    # -- checkpoints and files ---------------------------------------------------------------------------------
+    # -- checkpoints and files -----------------------------------------------------------------------------------------
+    # A checkpoint has what training changes, as arrays; the Parquet file has all of it, for the next stage and for
+    # people. Files are read and written a row group at a time: a table of any size needs little more than its numbers.
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What changes during training, for the checkpoint. Not between `freeze` and `thaw`."""
@@ -257,6 +271,7 @@ class HardnessTable:
     def _read(cls, file: pq.ParquetFile) -> "HardnessTable":
         """The file stays open: it may be replaced meanwhile, and its ids are read again when the table is saved."""
         rows = file.metadata.num_rows
+        # Strata are numbered as they are met, and renumbered by name at the end, as in a table that was made here.
         table, codes, last = cls.__new__(cls), dict[str, int](), ""
         table._start(file, [], np.zeros(rows, np.uint16), np.zeros(rows, np.float32))
         start, wanted = 0, ["sample_id", "stratum", "hardness", "visits", "last_step", "prior"]
@@ -279,7 +294,7 @@ class HardnessTable:
 
 
 def decay(oldest: int, half_life: float) -> NDArray[np.float64]:
-    """2^(-age / half_life) of the ages 0 to `oldest`, the same on every machine: products of one exact root."""
+    """2^(-age / half_life) of the ages 0 to `oldest`, f64: products of one root, the same on every machine."""
     root = float(Decimal(2) ** (-1 / Decimal(half_life))) if half_life < float("inf") else 1.0
     return np.cumprod(np.concatenate([[1.0], np.full(oldest, root)]))
 

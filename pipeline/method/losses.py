@@ -19,7 +19,7 @@ IGNORE = -100
 """Label of a row that does not count."""
 NORMALISER_EMA = 0.9
 GATE_MARGIN = 2.0
-"""How much worse than the student, in units of s, a teacher may be on a token before the gate begins to close."""
+"""How much worse than the student a teacher may be on a token, in units of s, before the gate begins to close."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,16 @@ class DistillationTerms:
     """rho; None without targets or gate."""
 
 
+# -- cross-entropy and KL of each token --------------------------------------------------------------------------------
+
+
 def cross_entropy_per_token(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log q(y) in nats, float32 [N]; rows labelled -100 are 0 and backpropagate zeros."""
+    """-log q(y) in nats, float32 [N]; rows labelled -100 are 0 and get a gradient of 0."""
     return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORE, reduction="none")
 
 
 class _HeadAndTail(torch.autograd.Function):
-    """log q of K distinct tokens, and of all others together: autograd's own makes four times the [N, V] tensors.
+    """log q of K distinct tokens, and of all others together. Autograd alone would make four times the [N, V] tensors.
 
     With g the gradients that come in and G their sum, T dz_k = g_k - G q_k for the K tokens, and for the others
     T dz_j = (g_tail - G q_tail) q_j / q_tail, where q_j / q_tail is a softmax over the others alone. [ours]
@@ -69,7 +72,7 @@ class _HeadAndTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, ids_NK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         head_NK = logits_NV.gather(-1, ids_NK).float() / temperature
-        # Exact tail: 1 - sum_k q_k would cancel catastrophically as the student sharpens. In place: V is large.
+        # The tail's mass is summed: 1 - sum_k q_k loses all digits where the student is sure. In place, as V is large.
         tail_NV = logits_NV.to(torch.float32, copy=True).scatter_(-1, ids_NK, float("-inf"))
         top_N1 = tail_NV.amax(-1, keepdim=True)
         tail_NV.sub_(top_N1)
@@ -77,7 +80,7 @@ class _HeadAndTail(torch.autograd.Function):
             tail_NV.div_(temperature)
         mass_N1 = tail_NV.exp_().sum(-1, keepdim=True)
         joined = torch.cat([head_NK, top_N1 / temperature], dim=-1)
-        joined = joined - joined.amax(-1, keepdim=True)  # before the log is added, which large logits would swallow
+        joined = joined - joined.amax(-1, keepdim=True)  # first: added to a large logit, the log would lose its digits
         joined[:, -1:] += mass_N1.log()
         log_q = torch.log_softmax(joined, dim=-1)
         ctx.save_for_backward(tail_NV, mass_N1, ids_NK, log_q)
@@ -144,8 +147,9 @@ def sampled_kl_per_token(
 
         T^2 [ -sum_k p^_k log q_k - H(p) ],  p^_k = draws of token k / all draws
 
-    Gradient and value are unbiased, where a truncated top K is not [published: sparse logit sampling, ACL 2025;
-    H(p) in place of H(p^), which would misreport the KL: METHOD section 2]. One token's estimate can be negative.
+    Gradient and value are unbiased; those of a truncated top K are not [published: sparse logit sampling, ACL 2025].
+    The entropy is H(p), not H(p^), with which the KL would be wrong (METHOD section 2). One token's estimate can be
+    negative.
 
     Args:
         student_logits_NV: raw logits, any float dtype; computed in float32.
@@ -166,6 +170,10 @@ def _kl_per_token(logits_NV: Tensor, targets: SoftTargets, temperature: float) -
     return sparse_kl_per_token(logits_NV, targets.ids, targets.logprobs, targets.tail_logprob, temperature)
 
 
+# -- hardness and weights of each token --------------------------------------------------------------------------------
+# All of them are numbers that weigh the loss, without a gradient of their own.
+
+
 def token_hardness(kl_N: Tensor) -> Tensor:
     """h = sqrt(1 - exp(-KL)) in [0, 1): Bretagnolle-Huber bound on total variation [published]; as hardness [ours].
 
@@ -177,9 +185,9 @@ def token_hardness(kl_N: Tensor) -> Tensor:
 def learnability_gate(ce_student_N: Tensor, ce_teacher_N: Tensor, scale: float) -> Tensor:
     """rho = min(1, 2 sigmoid((CE_student - CE_teacher) / s + 2)) in [0, 1]: 0 where the teacher itself is wrong.
 
-    It stays at 1 until the teacher is worse on the data's token by about 2 s nats: one token is one draw, and a teacher
-    that is worse on it by less is not thereby wrong. [published idea: excess loss, Rho-1, arXiv:2404.07965; its shape
-    and margin ours]
+    It stays at 1 until the teacher is worse than the student on the data's token by about 2 s nats. The data's token is
+    one draw of many possible ones, so a teacher that gives it a little less probability need not be wrong. [published
+    idea: excess loss, Rho-1, arXiv:2404.07965; its shape and margin ours]
     """
     return (2 * torch.sigmoid((ce_student_N - ce_teacher_N) / scale + GATE_MARGIN)).clamp(max=1)
 
@@ -190,8 +198,12 @@ def chased_hardness(hardness_N: Tensor, gate_N: Tensor | None) -> Tensor:
 
 
 def token_tilt(hardness_N: Tensor, beta: float) -> Tensor:
-    """exp(beta (2h - 1)): hard tokens weigh more for beta > 0, less for beta < 0, all the same at 0. [ours]"""
+    """exp(beta (2h - 1)): hard tokens weigh more for beta > 0, less for beta < 0, and as much as others at 0. [ours]"""
     return torch.exp(beta * (2 * hardness_N - 1))
+
+
+# -- the loss ----------------------------------------------------------------------------------------------------------
+# Sums, never means: the caller divides once, by a count over the global batch.
 
 
 def distillation_loss(
@@ -270,14 +282,15 @@ def feature_loss(
 
 
 class WeightNormaliser:
-    """Running mean of the KL weights of *previous* global batches; dividing by it keeps the KL term's size.
+    """Running mean of the KL weights of *previous* global batches; dividing by it keeps the size of the KL term.
 
-    In the mean a token counts by its share of the unweighted KL term. If all counted alike, the many tokens on which
-    nothing is left to learn would decide it, and a tilt towards easy ones would take the KL of the others away. [ours]
+    In the mean a token counts by its share of the unweighted KL term. If all tokens counted the same, the many tokens
+    on which nothing is left to learn would decide the mean, and a tilt towards easy tokens would make the KL of all
+    others vanish. [ours]
 
-    The mean over the current global batch would need every forward before the first backward under gradient
-    accumulation. The past's mean is a function of the training state alone: the same for every split into ranks and
-    micro-batches, and part of the checkpoint. [ours]
+    Why not the mean over the current global batch: under gradient accumulation it is known only after the last forward,
+    but needed in the first backward. The mean over the past depends on the training state alone; it is the same for
+    every split into ranks and micro-batches, and is part of the checkpoint. [ours]
     """
 
     def __init__(self) -> None:
@@ -302,6 +315,9 @@ class WeightNormaliser:
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         """Restore from the checkpoint."""
         self._mean = state["mean"]
+
+
+# -- routers -----------------------------------------------------------------------------------------------------------
 
 
 def balance_loss(router_logits_TE: Tensor, valid_T: Tensor, fractions_E: Tensor) -> Tensor:

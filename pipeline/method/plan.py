@@ -1,12 +1,12 @@
 """Which samples each step of a job sees: windows of a global order, planned ahead and part of the checkpoint.
 
-The order is global: ranks take strides of it, so it is the same for every world size. Windows begin at multiples of
-`window_steps`. The first is planned when the job starts; every other while the last steps of the one before are
-trained, in a thread, **from the table as it stands before step `end - lead`**: scores of the last `lead` steps come too
-late for it. The table is not copied: scores that arrive meanwhile wait (`HardnessTable.freeze`).
+The order is global: ranks take strides of it, so it is the same for every number of ranks. Windows begin at multiples
+of `window_steps`. The first is planned when the job starts. Every other one is planned in a thread while the last steps
+of the window before are trained, **from the table as it stands before step `end - lead`**: scores of the last `lead`
+steps come too late for it. The table is not copied: scores that arrive meanwhile wait (`HardnessTable.freeze`).
 
-A window's order and the hardness percentiles it was planned from are kept in the checkpoint, the next one's as well
-once it is begun, so that a resumed run goes on bit for bit although the table has moved on.
+A window's order and the hardness percentiles it was planned from are kept in the checkpoint, and the next window's as
+well once its planning has begun. So a resumed job goes on bit for bit although the table has changed since.
 """
 
 from collections.abc import Mapping
@@ -55,6 +55,7 @@ class WindowPlan:
         )
         self.settings, self.hardness = settings, hardness
         self.lead = max(1, int(LEAD_SHARE * window_steps))
+        # No step lies in [0, 0): the first `refresh` plans a window.
         self.start = self.end = 0
         self.current = Order(np.zeros(0, np.int64), np.zeros(0, np.float32))
         self._next: Order | None = None
@@ -66,15 +67,16 @@ class WindowPlan:
         if self.start <= step < self.end:
             return
         self.settle(table)
+        # A job resumed inside a window plans the whole of it: windows begin at fixed steps.
         start = step - step % self.window_steps
         if self._next is None:
             self._next = self._drawn(self._plan(start, tau, step, table), start, table)
         self.start, self.end, self.current, self._next = start, start + self.window_steps, self._next, None
 
     def look_ahead(self, step: int, tau: float, table: HardnessTable | None) -> None:
-        """Begin to plan the next window, if `step`, about to be trained, is the one to begin at.
+        """Begin to plan the next window, if `step`, which is about to be trained, is the step to begin at.
 
-        `tau`: share of training done where the next window starts. Until `settle` the table waits with its updates.
+        `tau`: share of training done where the next window starts. Until `settle` the table sets its updates aside.
         """
         if step != self.end - self.lead or self._next is not None or self._planning is not None:
             return
@@ -125,6 +127,7 @@ class WindowPlan:
         if table is None:
             index = curriculum.uniform_order(self.num_samples, self.seed, start * self.batch_size, size)
             return Order(index, np.full(size, 0.5, np.float32))
+        # Percentiles are needed without a curriculum too: the release of harder samples is delayed by them.
         half_life = self.hardness.half_life_epochs * self.num_samples / self.batch_size
         ranks = table.ranks(step=step, half_life_steps=half_life)
         if self.settings is None:

@@ -16,8 +16,8 @@ def instance_scores(
 ) -> Tensor:
     """s_i = (1 - k) mean_t h_it + k mean(hardest ceil(tail_share * tokens) of h_it), float32 [B] on the CPU.
 
-    0 for a sample without tokens. Pooling the tail keeps one rare token from being averaged away. [ours]
-    A sample's score depends on its own tokens only, to the last bit: not on the batch it came in.
+    0 for a sample without tokens. The second term keeps a rare hard token from vanishing in the mean. [ours]
+    A sample's score depends on its own tokens alone, to the last bit, and not on the batch that it was in.
     """
     # On the CPU: GPU scatter-adds sum in any order, and resuming must be bit-exact.
     h_N, owner_N = hardness_N.detach().double().cpu().numpy(), sample_N.cpu().numpy()

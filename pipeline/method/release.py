@@ -23,6 +23,9 @@ GAP_LEVELS = 64
 """Levels of the `adaptive` release: rounding noise of another world size must not move alpha. [ours]"""
 
 
+# -- the gap that an adaptive release follows --------------------------------------------------------------------------
+
+
 class ClosingGap:
     """The measured gap between student and teacher, and the share of the first one that is still open.
 
@@ -30,7 +33,7 @@ class ClosingGap:
 
         left_k = min(left_{k-1}, round(64 clip(g_k / g_0, 0, 1)) / 64),   left_0 = 1
 
-    so that a bad measurement never brings the teacher back. A first gap of 0 or less releases at once. [ours]
+    so a bad measurement never brings the teacher back. A first gap of 0 or less releases all samples at once. [ours]
     """
 
     def __init__(self, ema: float) -> None:
@@ -81,6 +84,9 @@ class ClosingGap:
         """Restore from the checkpoint."""
         self.gap, self._first, self._smoothed = state["gap"], state["first"], state["smoothed"]
         self._taus, self._lefts = list(state["taus"]), list(state["lefts"])
+
+
+# -- alpha of each sample ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

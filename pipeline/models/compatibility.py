@@ -1,7 +1,8 @@
-"""Do a model, its own tokenizer and image processor, and the ones that a run uses belong together?
+"""Whether a model, its own tokenizer and image processor, and those that a run uses belong together.
 
-Teacher and student share a run's processor, and soft targets are token ids: what each of them was trained with must
-number the tokens, render a chat and cut an image into tokens as the run does. Checked when a stage starts.
+Teacher and student share a run's processor, and soft targets are token ids. So the processor that each of them was
+trained with must number the tokens, render a chat and cut an image into tokens as the run's does. Checked when a stage
+starts.
 """
 
 from pathlib import Path
@@ -19,10 +20,10 @@ PROBE_IMAGES = ((64, 64), (640, 480), (1600, 900))
 
 
 def check_compatible(model: PreTrainedModel, processor: Processor) -> None:
-    """The model must read the processor's ids and patches.
+    """Check that the model can read the processor's ids and patches.
 
     Raises:
-        UserError: with every difference and both values.
+        UserError: it cannot; names every difference with both values.
     """
     config: Any = model.config
     if config.model_type not in ("qwen3_vl", "qwen3_vl_moe"):
@@ -54,10 +55,10 @@ def check_compatible(model: PreTrainedModel, processor: Processor) -> None:
 
 
 def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> None:
-    """A checkpoint's own tokenizer, chat template and image processor must do what the run's do.
+    """Check that a checkpoint's own tokenizer, chat template and image processor do what the run's do.
 
     Embeddings padded to another size are no difference: ids are compared token by token, and rows beyond the last
-    token stand for none. A folder without these files says nothing about them and passes.
+    token stand for none. A folder without these files passes.
 
     Args:
         folder: the teacher's or the student's checkpoint.
@@ -65,7 +66,7 @@ def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> Non
         data: bounds of images and lengths, the same for both.
 
     Raises:
-        UserError: with every kind of difference and both values.
+        UserError: they do not; names every kind of difference with both values.
     """
     present = [(Path(folder) / name).is_file() for name in ("preprocessor_config.json", "tokenizer_config.json")]
     if not all(present) or Path(folder).resolve() == Path(processor.origin).resolve():

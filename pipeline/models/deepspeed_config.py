@@ -20,6 +20,9 @@ from pipeline.recipe import JobConfig
 logger = logging.getLogger(__name__)
 
 
+# -- what the recipe owns ----------------------------------------------------------------------------------------------
+
+
 def complete(raw: Mapping[str, Any], job: JobConfig, model_config: PreTrainedConfig, world_size: int) -> dict[str, Any]:
     """Complete a DeepSpeed JSON with what the recipe and the model say.
 
@@ -79,6 +82,11 @@ def _fill_optimizer(config: dict[str, Any], job: JobConfig) -> None:
     config["zero_force_ds_cpu_optimizer"] = False
 
 
+# -- experts -----------------------------------------------------------------------------------------------------------
+# A block `expert_parallel` switches AutoEP on. Its patterns and counts follow from the model's family; the user gives
+# the expert-parallel size alone. DeepSpeed's own layer takes that size from the same block, which is then removed.
+
+
 def _fill_experts(config: dict[str, Any], job: JobConfig, model_config: PreTrainedConfig, world_size: int) -> None:
     """Complete `expert_parallel` for the model's family, or drop it when AutoEP has nothing to do."""
     if job.moe.layer == "native" and moe_layers(model_config):
@@ -112,6 +120,7 @@ def _fill_experts(config: dict[str, Any], job: JobConfig, model_config: PreTrain
             "shared_experts_pattern": family.shared_expert,
             "shared_experts_gate_pattern": family.shared_expert_gate,
         }
+    # A pattern that matched nothing would switch expert parallelism off with no more than a warning: all are ours.
     for key, value in known.items():
         _fill(block, key, value, f"{model_config.model_type}'s configuration")
 
@@ -136,7 +145,11 @@ def _check_native(config: Mapping[str, Any], model_config: PreTrainedConfig, wor
     check_expert_parallel_size(expert_parallel_size(config), world_size, num_experts)
 
 
+# -- combinations that train wrongly, or were not tried ----------------------------------------------------------------
+
+
 def _refuse_unsupported(config: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """ConfigError for what would run and give a worse model, or none after a restart."""
     stage, bf16 = config.get("zero_optimization", {}).get("stage", 0), config.get("bf16", {}).get("enabled", False)
     if stage == 0 and bf16 and expert_parallel_size(raw) > 1:
         raise ConfigError(

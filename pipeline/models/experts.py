@@ -1,8 +1,8 @@
 """An expert loop for CPUs, under transformers' own interface for expert implementations.
 
 transformers' loops are written for accelerators and large batches: `eager` builds a one-hot mask and searches it per
-expert, `batched_mm` copies the weights of every token's experts. With few tokens and small experts that costs more
-than the products themselves. Same mathematics, same weights (tests compare with `eager`).
+expert, `batched_mm` copies the weights of every token's experts. With few tokens and small experts that costs more than
+the products themselves. This loop does the same mathematics on the same weights (tests compare with `eager`).
 
 Milliseconds for 32 tokens end to end at batch 1 (prefill alone), the demo's MoE student, one thread of a 2-core Xeon
 with AMX, medians of 32 interleaved answers by `tools/bench/latency.py`: eager 51.0 (8.6), grouped_mm 50.8 (8.4),

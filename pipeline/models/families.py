@@ -1,4 +1,4 @@
-"""Model families: which dense architectures become which Mixture-of-Experts ones, and where those keep their experts.
+"""Model families: which Mixture-of-Experts architecture a dense one becomes, and where that keeps its experts.
 
 A family is a pair of transformers architectures: a dense model and the native MoE model of the same kind, whose
 vision tower, projector, attention and norms are the same tensors under the same names. Only decoder MLPs differ.

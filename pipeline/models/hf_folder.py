@@ -1,6 +1,6 @@
 """Checkpoint folders in Hugging Face format, read and written tensor by tensor.
 
-A model larger than memory passes through: nothing here holds more than one tensor.
+Nothing here holds more than one tensor, so a model may be larger than the memory.
 """
 
 import json
@@ -25,6 +25,9 @@ SHARD_BYTES = 4 << 30
 HEADER_BYTES = 1 << 19
 """Room for a shard's header: some 4,000 tensors."""
 INDEX = "model.safetensors.index.json"
+
+
+# -- safetensors files -------------------------------------------------------------------------------------------------
 
 
 class TensorFiles:
@@ -75,9 +78,9 @@ class TensorFiles:
 class ShardWriter:
     """Writes tensors into safetensors shards of bounded size, and the index that transformers reads.
 
-    Each tensor goes to disk as it comes, so that memory holds one tensor and not a shard, which `save_file` would need
-    whole: the header, whose length is fixed beforehand, is filled in when the shard is full (the format allows blanks
-    at its end).
+    Each tensor goes to disk as it comes, so memory holds one tensor; safetensors' `save_file` would need a whole shard.
+    Room for the header is left at the beginning and filled in when the shard is full (the format allows blanks at the
+    header's end).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,6 +145,9 @@ _DTYPES = {
 """Names of element types in a safetensors header."""
 
 
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
 class Building:
     """Context manager: a folder that appears under its name only when its content is complete.
 
@@ -170,14 +176,17 @@ class Building:
         put_in_place(self._temp, self._final)
 
 
+# -- names and layouts of published checkpoints ------------------------------------------------------------------------
+
+
 class DiskLayout:
     """Names and layout that checkpoints have on disk, for the tensors of a loaded model.
 
-    transformers knows how its modules' names and packed experts are published (`language_model.model...` of older
-    composites, one matrix per expert and projection); what it leaves out is added here: Qwen3-VL-MoE is published, and
-    read by serving engines, with packed experts input-first, `experts.gate_up_proj` [E, H, 2W] and `experts.down_proj`
-    [E, W, H]. transformers has and writes [E, 2W, H] and [E, H, W], and reads both, telling them apart by shape (so a
-    square matrix stays as the module has it).
+    transformers itself turns its modules' names and packed experts into those of published checkpoints
+    (`language_model.model...` of older composites, one matrix per expert and projection). One thing is added here.
+    Qwen3-VL-MoE is published, and read by serving engines, with the input dimension of packed experts first:
+    `experts.gate_up_proj` [E, H, 2W] and `experts.down_proj` [E, W, H]. transformers has and writes [E, 2W, H] and
+    [E, H, W]. It reads both and tells them apart by shape; a square matrix therefore stays as the module has it.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -193,11 +202,10 @@ class DiskLayout:
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:
-    """Write config.json, with what transformers 5 writes in another way than published configurations do in both ways.
+    """Write config.json; keys that transformers 5 has renamed are written under their old names too.
 
-    Readers with configuration classes of an older form, serving engines among them, ignore the new keys and silently
-    take their own defaults for the number of experts and the rotary base. transformers 5 reads both forms, and the same
-    from both.
+    Readers that know the old names alone, serving engines among them, ignore the new ones and silently take their own
+    defaults for the number of experts and the rotary base. transformers 5 reads both, with the same result.
     """
     config.save_pretrained(str(folder))
     path = folder / "config.json"

@@ -1,4 +1,4 @@
-"""Checkpoints in Hugging Face format: saving, loading, checks, counts."""
+"""Models in Hugging Face format: saving and loading them, preparing them for training, counting their parameters."""
 
 import os
 import shutil

@@ -1,14 +1,14 @@
 """DeepSpeed's own MoE layer (`deepspeed.moe.layer.MoE`) in the place of Hugging Face's MoE blocks.
 
-The second of the two expert-parallel layers: AutoEP never drops a token, this one can. Each expert takes at most its
+It is one of two expert-parallel layers. AutoEP never drops a token; this one can. Each expert takes at most its
 capacity of a rank's tokens, so that every all-to-all has one size and a busy expert cannot stall the others [published:
 GShard, arXiv:2006.16668]. Without dropping it computes what Hugging Face's block does (a test).
 
-Three things differ from DeepSpeed's layer as it comes, all in the gate:
-- one gating function, DeepSpeed's top-k, for every k: its top-1 and top-2 ones sample in evaluation too;
+Three things differ from DeepSpeed's layer, all in the gate:
+- one gating function, DeepSpeed's top-k, for every k: its functions for top-1 and top-2 sample in evaluation too;
 - padding is never routed: it takes no capacity and no computation;
-- ranks may bring different numbers of tokens although tokens are dropped: their all-to-all then has the size that the
-  rank with most tokens needs (DeepSpeed's own aborts).
+- ranks may have different numbers of tokens even when tokens are dropped: all of them use the capacity of the rank with
+  most tokens, so their all-to-alls have one size (DeepSpeed's own layer aborts).
 
 Shapes: B samples, S positions, T = B * S tokens, N of them routed (not padding), D width, F width of an expert,
 E experts of a layer, K experts per token.
@@ -26,11 +26,14 @@ from torch.nn.functional import linear
 
 from pipeline.recipe import NativeMoeConfig
 
+# -- parts of the layer ------------------------------------------------------------------------------------------------
+
 
 class PaddingMask:
     """Which tokens of the running forward are no padding, for layers that are given hidden states alone.
 
-    Recomputation in backward uses the mask of the newest forward: backward comes before the next forward.
+    Layers that are recomputed in backward use the mask of the last forward, which is the right one: each forward's
+    backward comes before the next forward.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -38,11 +41,15 @@ class PaddingMask:
         model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def _remember(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # A mask of another shape is an attention pattern, not padding: then every token counts.
         mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
         self._valid_BS = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def valid(self, hidden_BSD: Tensor) -> Tensor:
-        """bool[T], True where a token of these hidden states is no padding; a cache's earlier tokens are left out."""
+        """bool[T], True where a token of these hidden states is no padding.
+
+        In generation the mask covers the cached tokens too; the hidden states are of the last ones alone.
+        """
         batch, length = hidden_BSD.shape[:2]
         if self._valid_BS is None:
             return torch.ones(batch * length, dtype=torch.bool, device=hidden_BSD.device)
@@ -61,6 +68,7 @@ class GatedMlp(nn.Module):
         self.act_fn = act_fn
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Output [rows, D] of rows of hidden states."""
         gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
         output: Tensor = self.down_proj(self.act_fn(gate) * up)
         return output
@@ -70,11 +78,12 @@ class RouterLogits(nn.Linear):
     """The router's product in fp32, as DeepSpeed computes it, but as a module: hooks see the logits [T, E]."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Logits f32[T, E] of hidden states [T, D]."""
         return linear(input.float(), self.weight.float())
 
 
 class Router(TopKGate):  # type: ignore[misc]
-    """DeepSpeed's gate with the three differences that the module's text names."""
+    """DeepSpeed's gate, with the three differences that this file's first lines list."""
 
     def __init__(self, width: int, num_experts: int, top_k: int, config: NativeMoeConfig, *, normalise: bool) -> None:
         """`normalise`: whether the weights of a token's experts sum to 1, as the architecture has it."""
@@ -110,10 +119,11 @@ class Router(TopKGate):  # type: ignore[misc]
             sparse_routes, use_tutel: DeepSpeed's signature; always True and False here.
         """
         assert used_token is not None and sparse_routes and not use_tutel
+        # Logits of all tokens, for hooks that collect them; routes of the tokens that are no padding.
         logits_TE = self.wg(input)
         token_N = used_token.nonzero().squeeze(1)
         random = self.use_rts and self.training
-        if random:  # the first ones win a place, so a random order is random token selection
+        if random:  # the first tokens get an expert's places, so a random order is random token selection
             token_N = token_N[torch.randperm(len(token_N), device=token_N.device)]
         _, capacity, num_experts, expert_KN, slot_KN, weight_KN, counts_E = topkgating(
             logits_TE[token_N],
@@ -125,26 +135,31 @@ class Router(TopKGate):  # type: ignore[misc]
             drop_policy="position" if random else "probs",
             sparse_routes=True,
         )
+        # Without dropping, DeepSpeed's gate has agreed on the largest count already.
         if self.drop_tokens and self.ep_group is not None:
             capacity = capacity.to(input.device)
             dist.all_reduce(capacity, op=dist.ReduceOp.MAX, group=self.ep_group)
         kept_KN = expert_KN >= 0
         self.dropped = (~kept_KN).sum()
         if not self.normalise:
+            # The gate has made the weights of a token's experts sum to 1: take the probabilities in their place.
             probability_NE = torch.softmax(logits_TE[token_N], dim=-1)
             weight_KN = probability_NE.gather(1, expert_KN.clamp(min=0).long().t()).t() * kept_KN
         whole = (self.k, len(input))
+        no_loss = logits_TE.new_zeros(())  # for DeepSpeed's balance loss: ours comes from the logits (training/step.py)
         return (
-            logits_TE.new_zeros(
-                ()
-            ),  # DeepSpeed's own balance loss; ours comes from the logits (pipeline.training.step)
+            no_loss,
             capacity,
             num_experts,
+            # From the N routed tokens back to all T: padding has no expert, and weight 0.
             expert_KN.new_full(whole, -1).index_copy(1, token_N, expert_KN),
             slot_KN.new_zeros(whole).index_copy(1, token_N, slot_KN),
             weight_KN.new_zeros(whole).index_copy(1, token_N, weight_KN),
             counts_E,
         )
+
+
+# -- the layer ---------------------------------------------------------------------------------------------------------
 
 
 class NativeMoe(nn.Module):
@@ -169,6 +184,7 @@ class NativeMoe(nn.Module):
         source: Any = block
         router, experts = source.gate, source.experts
         num_experts, width, expert_width = experts.down_proj.shape
+        # Consecutive ranks share experts, as DeepSpeed groups them; `engine.start` checks that it did.
         self._padding, self.ep_size, self.ep_rank = padding, ep_size, rank % ep_size
         self.num_experts, self.num_local_experts = num_experts, num_experts // ep_size
         self.moe = MoE(
@@ -190,6 +206,7 @@ class NativeMoe(nn.Module):
 
     @torch.no_grad()
     def _take_over(self, router: Any, experts: Any) -> None:
+        """Copy the router and this rank's experts; a residual expert starts as the mean of all experts."""
         first = self.ep_rank * self.num_local_experts
         _fill(self.router.wg.weight, router.weight, router.weight.requires_grad)
         for name in ("gate_up_proj", "down_proj"):
@@ -219,7 +236,7 @@ class NativeMoe(nn.Module):
         return tuple(expert.get_submodule(name).weight for expert in experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states [B, S, D] to the block's output; padding gets the shared or residual expert's output alone."""
+        """The block's output [B, S, D]. Padding passes no routed expert, only a shared or residual one, if any."""
         valid_T = self._padding.valid(hidden_states)
         output: Tensor = self.moe(hidden_states, used_token=valid_T)[0]
         if self.shared_expert is None:

@@ -72,7 +72,7 @@ def make_probe(config: PreTrainedConfig, processor: Processor) -> dict[str, NDAr
 
 
 def random_text_ids(config: PreTrainedConfig, shape: tuple[int, int], seed: int) -> Tensor:
-    """i64[shape]: ids drawn from the whole vocabulary but the tokens that stand for images and videos."""
+    """i64[shape]: random ids of the vocabulary, except the tokens that stand for images and videos."""
     named = {key: value for key, value in config.to_dict().items() if key.endswith(("_token_id", "_token_index"))}
     special = {value for value in named.values() if isinstance(value, int)}
     allowed = torch.tensor([i for i in range(config.get_text_config().vocab_size) if i not in special])

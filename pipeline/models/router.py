@@ -35,9 +35,9 @@ def expert_counts(router_logits_TE: Tensor, top_k: int, valid_T: Tensor | None =
 class RouterProbe:
     """Collects every MoE layer's router logits from ordinary forward passes of the model.
 
-    Works on Hugging Face's MoE blocks and on DeepSpeed's replacements, whichever the model holds when the
-    probe is attached. Only tensors made while the *root* module's forward runs are kept: the recomputation
-    of activation checkpointing happens in backward, outside of it, and so cannot double them.
+    Works on Hugging Face's MoE blocks and on DeepSpeed's layers, whichever the model holds when the probe is attached.
+    Logits are kept only while the *root* module's forward runs. Activation checkpointing runs layers again in backward,
+    which is outside of it, so their logits are not counted twice.
 
     Use `take()` after each forward; a second forward without it starts afresh.
     """
@@ -48,6 +48,7 @@ class RouterProbe:
         self._layers = list(converted_layers(model).values())
         self._logits: list[Tensor | None] = [None] * len(self._routers)
         self._recording = False
+        # `always_call`: a forward that fails must not leave the probe recording.
         self._handles = [
             model.register_forward_pre_hook(self._start),
             model.register_forward_hook(self._stop, always_call=True),
@@ -76,6 +77,8 @@ class RouterProbe:
         counts = [layer.router.dropped for layer in self._layers if hasattr(layer.router, "dropped")]
         return torch.stack(counts) if counts else None
 
+    # -- hooks ---------------------------------------------------------------------------------------------------------
+
     def close(self) -> None:
         """Detach from the model."""
         for handle in self._handles:
@@ -100,6 +103,7 @@ class RouterProbe:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if not self._recording:
                 return
+            # Reentrant checkpointing runs the layers of the first forward without gradients.
             if self._wants_grad and not torch.is_grad_enabled():
                 raise RouterError(
                     "reentrant activation checkpointing would lose the router losses: "

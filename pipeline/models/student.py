@@ -156,10 +156,10 @@ def _logits(folder: Path, seed: int) -> Tensor:
 
 
 def _finished(dst: Path, origin: dict[str, Any]) -> bool:
-    """Whether the folder is there, made from this origin.
+    """Whether the folder is there and was made from this origin.
 
     Raises:
-        UserError: there is another model: naming what differs.
+        UserError: it was made from another one; names what differs.
     """
     if not dst.exists():
         return False

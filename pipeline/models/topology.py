@@ -1,8 +1,9 @@
 """How a job's ranks share batch and experts: what must divide what, and which ranks form a group. Arithmetic only.
 
-DeepSpeed numbers groups so that consecutive ranks share the experts of a layer (an expert group), and ranks that lie a
+DeepSpeed forms groups so that consecutive ranks share the experts of a layer (an expert group), and ranks that lie a
 group's size apart hold the same experts (an expert-data group, over which their gradients are summed). With one task a
-GPU, Slurm gives consecutive ranks to a node: an expert group lies inside a node when its size divides the node's.
+GPU, Slurm gives consecutive ranks to a node, so an expert group lies inside a node when its size divides the number of
+the node's GPUs.
 """
 
 import json
@@ -35,7 +36,7 @@ def expert_parallel_size(ds_json: Mapping[str, Any]) -> int:
 
 
 def check_expert_parallel_size(size: int, ranks: int, experts: int) -> None:
-    """ConfigError unless the size divides ranks and experts of a layer."""
+    """ConfigError unless the size divides both the ranks and the experts of a layer."""
     for what, whole in (("ranks", ranks), ("experts per layer", experts)):
         if whole % size:
             raise ConfigError(
@@ -56,6 +57,7 @@ class Topology:
 
     @property
     def nodes(self) -> int:
+        """Nodes that the ranks fill, the last one perhaps in part."""
         return -(-self.ranks // self.per_node)
 
     @property

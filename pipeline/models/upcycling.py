@@ -1,19 +1,19 @@
 """The tensors and the configuration of a Mixture-of-Experts model made from a dense one, layer by layer.
 
-Decoder MLPs turn into E experts, copies of it, behind a router. With renormalised top-k weights identical copies
-compute exactly what the MLP did [published: sparse upcycling, 2212.05055], but then the router gets no gradient from
-the task: whichever experts it picks, the output is the same. So the copies are perturbed by a stated amount, and the
-report says what that changes [ours; METHOD section 8].
+Each decoder MLP turns into E experts, which are copies of it, behind a router. With renormalised top-k weights
+identical copies compute exactly what the MLP did [published: sparse upcycling, 2212.05055], but then the router gets no
+gradient from the task: whichever experts it picks, the output is the same. So the copies are perturbed by a stated
+amount, and the report says what that changes [ours; METHOD section 8].
 
-Fine-grained experts [published: virtual groups, 2410.07524]: the MLP's columns are cut into G shards, every shard is
-copied E / G times, and the shards of one copy share a row of the router: the k chosen experts are k / G whole copies,
-each shard with weight 1 / G of its copy's, and its down projection times G restores the function.
+Fine-grained experts [published: virtual groups, 2410.07524]: the MLP's columns are cut into G slices, and every slice
+is copied E / G times. The slices of one copy share a row of the router, so the k chosen experts are k / G whole copies.
+Each slice gets 1 / G of its copy's weight; its down projection times G makes up for that.
 
 Shared expert [ours]: it takes the first share of the columns, its down projection times 2, behind a gate of zeros
 (sigmoid 1/2); the routed experts are made from the other columns.
 
 Shapes: E experts, H hidden size, I width of the dense MLP, R columns left to the routed experts, W width of an expert,
-G = R / W shards, C = E / G copies of each, T tokens of a probe.
+G = R / W slices, C = E / G copies of each, T tokens of a probe.
 """
 
 import re
@@ -67,7 +67,7 @@ class Plan:
     """Columns of the shared expert; 0 without one."""
     expert_width: int
     """W."""
-    shards: int
+    slices: int
     """G."""
 
 
@@ -97,10 +97,10 @@ def plan(dense: PreTrainedConfig, settings: UpcycleConfig, where: str) -> Plan:
     problems = [*_routing_problems(settings), *_layer_problems(settings, layers, text.num_hidden_layers)]
     if getattr(text, "use_sliding_window", False):
         problems.append("the dense model uses sliding-window attention, which its MoE architecture places differently")
-    shared, width, shards = _widths(text, family, settings, target.text_type, problems)
+    shared, width, slices = _widths(text, family, settings, target.text_type, problems)
     if problems:
         raise ConfigError("upcycle: " + "; ".join(problems) + ". Nothing was written.")
-    return Plan(dense, target, family, settings, layers, shared, width, shards)
+    return Plan(dense, target, family, settings, layers, shared, width, slices)
 
 
 def _target(dense: PreTrainedConfig, where: str) -> Upcycling:
@@ -157,15 +157,15 @@ def _widths(
             f"shared_expert {share} of intermediate_size {width} is {shared:g}: not a whole number below {width}"
         )
         return 0, 1, 1
-    rest, shards = width - round(shared), round(1 / settings.expert_width)
-    if abs(1 / settings.expert_width - shards) > 1e-6 or rest % shards:
+    rest, slices = width - round(shared), round(1 / settings.expert_width)
+    if abs(1 / settings.expert_width - slices) > 1e-6 or rest % slices:
         problems.append(
             f"expert_width {settings.expert_width:g}: the {rest} columns of the MLP cannot be cut into "
             f"{1 / settings.expert_width:g} equal experts; use 1, 1/2, 1/3, ... that divide {rest}"
         )
         return round(shared), 1, 1
-    problems += _shard_problems(settings, shards)
-    expert = rest // shards
+    problems += _slice_problems(settings, slices)
+    expert = rest // slices
     if family.on_disk == "packed" and text.hidden_size in (expert, 2 * expert):
         problems.append(
             f"experts of width {expert} with hidden_size {text.hidden_size} have square packed matrices, whose layout "
@@ -176,17 +176,17 @@ def _widths(
         for name, value in (("experts", expert), ("a shared expert", round(shared)))
         if value % WIDTH_MULTIPLE
     ]
-    return round(shared), expert, shards
+    return round(shared), expert, slices
 
 
-def _shard_problems(settings: UpcycleConfig, shards: int) -> list[str]:
-    if shards == 1:
+def _slice_problems(settings: UpcycleConfig, slices: int) -> list[str]:
+    if slices == 1:
         return []
     problems = [
-        f"{name} {value} is not a multiple of {shards}: expert_width {settings.expert_width:g} cuts every copy of the "
-        f"MLP into {shards} experts, which are chosen together at the start"
+        f"{name} {value} is not a multiple of {slices}: expert_width {settings.expert_width:g} cuts every copy of the "
+        f"MLP into {slices} experts, which are chosen together at the start"
         for name, value in (("experts", settings.experts), ("top_k", settings.top_k))
-        if value % shards
+        if value % slices
     ]
     if settings.router_noise == 0.0:
         problems.append(
@@ -276,22 +276,22 @@ class _LayerMaker:
         changes.by_layer[layer] = probe.change()
 
     def _router(self) -> Tensor:
-        """[E, H]: the G shards of a copy share its row, so that they are chosen together."""
-        settings, shards = self.made.settings, self.made.shards
-        rows = torch.randn(settings.experts // shards, self.hidden, generator=self._generator("router", 0))
-        return (rows * settings.router_noise).repeat(shards, 1).to(self.dtype)
+        """The router's weight [E, H]: the G slices of a copy share a row, so that they are chosen together."""
+        settings, slices = self.made.settings, self.made.slices
+        rows = torch.randn(settings.experts // slices, self.hidden, generator=self._generator("router", 0))
+        return (rows * settings.router_noise).repeat(slices, 1).to(self.dtype)
 
     def _expert(self, expert: int) -> Mlp:
-        """Expert `shard * C + copy`: consecutive experts (a rank's) are of different copies, so that loads are even."""
+        """Expert `part * C + copy`: consecutive experts, which a rank holds, are of different copies: even loads."""
         made = self.made
-        shard = expert // (made.settings.experts // made.shards)
-        begin = made.shared_width + shard * made.expert_width
+        part = expert // (made.settings.experts // made.slices)
+        begin = made.shared_width + part * made.expert_width
         columns = slice(begin, begin + made.expert_width)
         noise = made.settings.expert_noise
         gate = _perturbed(self.mlp.gate[columns], self.mlp.gate, noise, self._generator("gate", expert))
         up = _perturbed(self.mlp.up[columns], self.mlp.up, noise, self._generator("up", expert))
         down = _perturbed(self.mlp.down[:, columns], self.mlp.down, noise, self._generator("down", expert))
-        return Mlp(gate.to(self.dtype), up.to(self.dtype), (down * made.shards).to(self.dtype))
+        return Mlp(gate.to(self.dtype), up.to(self.dtype), (down * made.slices).to(self.dtype))
 
     def _packed(self, probe: "_Probe") -> Iterator[tuple[str, Tensor]]:
         experts, width = self.made.settings.experts, self.made.expert_width
@@ -366,7 +366,7 @@ class _Probe:
         self._sum_TH[chosen_T] += weight_T[chosen_T, None] * expert(self._x_TH[chosen_T], self._activation)
 
     def add_shared(self, shared: Mlp) -> None:
-        """Add the shared expert's, behind its gate of zeros."""
+        """Add the shared expert's part of the output, behind its gate of zeros."""
         self._sum_TH += 0.5 * shared(self._x_TH, self._activation)
 
     def change(self) -> float:

@@ -36,6 +36,9 @@ class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
+# -- what the files hold -----------------------------------------------------------------------------------------------
+
+
 class ResultRow(_Lenient):
     """One line of the table."""
 
@@ -124,6 +127,9 @@ class Example:
     answers: tuple[Verdict, ...]
 
 
+# -- reading them ------------------------------------------------------------------------------------------------------
+
+
 def read_results(run_dir: Path) -> Results:
     """`results.json`. Raises Missing."""
     content = read_json(run_dir / "results.json", "the evaluation has not been run")
@@ -134,7 +140,7 @@ def read_results(run_dir: Path) -> Results:
 
 
 def examples(recipe: Recipe, results: Results) -> list[Example]:
-    """One frame per task and slice, the first by sample_id: ids are content hashes, so nobody chose them.
+    """One frame per task and slice, the first one by sample_id. Ids are content hashes, so the choice is not ours.
 
     Raises:
         Missing: no answers or no data.
@@ -201,6 +207,7 @@ def data_uri(sample: Sample, number: int = 0) -> str | None:
 
 
 def hardness_columns(path: Path) -> Json:
+    """A hardness table's columns as lists. Raises Missing."""
     try:
         columns: Json = pq.read_table(
             path, columns=["sample_id", "stratum", "hardness", "rank", "last_step"]
@@ -215,6 +222,7 @@ def hardness_columns(path: Path) -> Json:
 
 
 def train_slices(recipe: Recipe) -> dict[str, str]:
+    """Slice of every training sample by its id. Raises Missing."""
     try:
         samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     except (UserError, OSError, ValueError) as error:
@@ -233,6 +241,7 @@ def _answers(path: Path) -> dict[str, Answer]:
 
 
 def read_json(path: Path, why: str) -> Json:
+    """A JSON object of the run's folder. Raises Missing; `why` says what it means that there is no such file."""
     if not path.is_file():
         raise Missing(f"There is no {path.name}: {why}.")
     try:

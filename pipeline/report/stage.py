@@ -88,6 +88,9 @@ def build(recipe: Recipe, command: str) -> str:
     )
 
 
+# -- words and figures of the result table -----------------------------------------------------------------------------
+
+
 def headline(results: Results) -> str:
     """What this is, in one sentence."""
     student = results.student
@@ -147,6 +150,9 @@ def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
         for (name, label), colour in zip(jobs.items(), colours, strict=True)
     ]
     return [job for job in curves if job.rows]
+
+
+# -- parts, each drawn from its files or Missing -----------------------------------------------------------------------
 
 
 def _scores_figure(results: Results) -> Markup:
@@ -227,7 +233,7 @@ def _metrics(path: Path) -> list[Json]:
 
 
 def _try(make: Callable[[], T]) -> T | Missing:
-    """A part of the report, or why it is left out: what the files hold is not this stage's to guarantee."""
+    """A part of the report, or why it is left out. Broken files of other stages must not fail the report."""
     try:
         return make()
     except Missing as missing:
@@ -248,12 +254,15 @@ def _student_size(student: ResultRow) -> str:
     return f"{_millions(total)}, of which {_millions(active)} are active for a token"
 
 
+# -- numbers in words --------------------------------------------------------------------------------------------------
+
+
 def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
 def _floor(value: float, digits: int = 2) -> float:
-    """Rounded down, so that a bar missed by a hair does not read as reached."""
+    """Rounded down, so that a bar that was just missed does not read as reached."""
     scale = 10.0**digits
     return math.floor(value * scale + 1e-9) / scale
 

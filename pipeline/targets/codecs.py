@@ -22,7 +22,7 @@ from pipeline.targets.soft_targets import SoftTargets, clipped_top_k, drawn_from
 
 Floats = NDArray[np.float32]
 _END = np.dtype((np.void, 2 * packing.FLOATS))
-"""The last bytes of a record of the top K."""
+"""The last bytes of a row of the top K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,11 @@ def encode_packed(targets: SoftTargets, spec: Spec) -> Bytes:
         StoreError: targets of another kind or K, an id outside [0, V), log-probs that are not finite or do not descend.
     """
     ids_TK, logprobs_TK, tail_T, floats_T5 = _arrays(targets, spec)
-    records_TW = np.empty((len(targets), packed_bytes(spec)), np.uint8)
+    rows_TW = np.empty((len(targets), packed_bytes(spec)), np.uint8)
     width = id_bits(spec.vocab_size)
-    found = packing.encode_packed(ids_TK, logprobs_TK, tail_T, spec.vocab_size, width, spec.bits, records_TW, floats_T5)
+    found = packing.encode_packed(ids_TK, logprobs_TK, tail_T, spec.vocab_size, width, spec.bits, rows_TW, floats_T5)
     _refuse(found, ids_TK, spec)
-    return _with_floats(records_TW, floats_T5)
+    return _with_floats(rows_TW, floats_T5)
 
 
 def decode_packed(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
@@ -112,9 +112,9 @@ def decode_packed(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
     Raises:
         StoreError: another number of bytes than the tokens take.
     """
-    records_TW = _records(raw, tokens, packed_bytes(spec), spec)
-    floats_T5, ids_TK, logprobs_TK, tail_T = _room(records_TW, spec)
-    packing.decode_packed(records_TW, floats_T5, id_bits(spec.vocab_size), spec.bits, ids_TK, logprobs_TK, tail_T)
+    rows_TW = _rows(raw, tokens, packed_bytes(spec), spec)
+    floats_T5, ids_TK, logprobs_TK, tail_T = _room(rows_TW, spec)
+    packing.decode_packed(rows_TW, floats_T5, id_bits(spec.vocab_size), spec.bits, ids_TK, logprobs_TK, tail_T)
     return _targets(ids_TK, logprobs_TK, tail_T, floats_T5)
 
 
@@ -122,7 +122,7 @@ def decode_packed(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
 
 
 def low_bits(spec: Spec) -> int:
-    """Bits of an id that Elias-Fano stores as they are: those that make the record smallest."""
+    """Bits of an id that Elias-Fano stores as they are: those that make a row smallest."""
     return min(range(id_bits(spec.vocab_size)), key=lambda low: spec.top_k * low + _highest(spec, low))
 
 
@@ -151,10 +151,10 @@ def encode_compact(targets: SoftTargets, spec: Spec) -> Bytes:
     found = packing.codes_of_sets(ids_TK, logprobs_TK, tail_T, spec.vocab_size, spec.bits, keys_TK2, floats_T5)
     _refuse(found, ids_TK, spec)
     keys_TK2[:, : spec.top_k].sort(axis=1)  # numpy's sort of short rows uses vectors
-    records_TW = np.empty((len(targets), compact_bytes(spec)), np.uint8)
+    rows_TW = np.empty((len(targets), compact_bytes(spec)), np.uint8)
     low = low_bits(spec)
-    packing.encode_sets(keys_TK2, spec.top_k, low, spec.bits, _highest(spec, low), records_TW)
-    return _with_floats(records_TW, floats_T5)
+    packing.encode_sets(keys_TK2, spec.top_k, low, spec.bits, _highest(spec, low), rows_TW)
+    return _with_floats(rows_TW, floats_T5)
 
 
 def decode_compact(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
@@ -163,11 +163,11 @@ def decode_compact(raw: Bytes, tokens: int, spec: Spec) -> SoftTargets:
     Raises:
         StoreError: another number of bytes than the tokens take.
     """
-    records_TW = _records(raw, tokens, compact_bytes(spec), spec)
-    floats_T5, ids_TK, logprobs_TK, tail_T = _room(records_TW, spec)
+    rows_TW = _rows(raw, tokens, compact_bytes(spec), spec)
+    floats_T5, ids_TK, logprobs_TK, tail_T = _room(rows_TW, spec)
     low, width = low_bits(spec), id_bits(spec.vocab_size)
     keys_TK2 = _keys(tokens, spec)
-    packing.decode_sets(records_TW, spec.top_k, low, spec.bits, width, _highest(spec, low), keys_TK2)
+    packing.decode_sets(rows_TW, spec.top_k, low, spec.bits, width, _highest(spec, low), keys_TK2)
     keys_TK2[:, : spec.top_k].sort(axis=1)
     packing.finish_sets(keys_TK2, floats_T5, spec.bits, width, ids_TK, logprobs_TK, tail_T)
     return _targets(ids_TK, logprobs_TK, tail_T, floats_T5)
@@ -230,27 +230,27 @@ def _from_f16(raw: Bytes) -> Floats:
     return floats
 
 
-def _with_floats(records_TW: Bytes, floats_T5: Floats) -> Bytes:
-    _ends(records_TW)[:] = _as_f16(floats_T5).view(_END)
-    return records_TW.reshape(-1)
+def _with_floats(rows_TW: Bytes, floats_T5: Floats) -> Bytes:
+    _ends(rows_TW)[:] = _as_f16(floats_T5).view(_END)
+    return rows_TW.reshape(-1)
 
 
-def _ends(records_TW: Bytes) -> NDArray[np.void]:
-    """The records' floats, each record's as one item: numpy copies these twice as fast as so many bytes."""
-    return records_TW[:, -_END.itemsize :].view(_END)
+def _ends(rows_TW: Bytes) -> NDArray[np.void]:
+    """The rows' floats, each row's as one item: numpy copies these twice as fast as so many bytes."""
+    return rows_TW[:, -_END.itemsize :].view(_END)
 
 
-def _records(raw: Bytes, tokens: int, width: int, spec: Spec) -> Bytes:
+def _rows(raw: Bytes, tokens: int, width: int, spec: Spec) -> Bytes:
     if raw.shape != (tokens * width,):
         raise StoreError(f"{raw.size} bytes for {tokens} tokens, but {spec} takes {width} a token")
     return raw.reshape(tokens, width)
 
 
-def _room(records_TW: Bytes, spec: Spec) -> tuple[Floats, NDArray[np.int64], Floats, Floats]:
-    """The records' floats, and arrays for ids, log-probs and tail."""
-    tokens, shape = len(records_TW), (len(records_TW), spec.top_k)
+def _room(rows_TW: Bytes, spec: Spec) -> tuple[Floats, NDArray[np.int64], Floats, Floats]:
+    """The rows' floats, and arrays for ids, log-probs and tail."""
+    tokens, shape = len(rows_TW), (len(rows_TW), spec.top_k)
     return (
-        _from_f16(_ends(records_TW).copy().view(np.uint8)),
+        _from_f16(_ends(rows_TW).copy().view(np.uint8)),
         np.empty(shape, np.int64),
         np.empty(shape, np.float32),
         np.empty(tokens, np.float32),

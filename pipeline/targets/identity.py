@@ -11,7 +11,7 @@ from pipeline.files import weights_hash
 from pipeline.recipe import Recipe
 from pipeline.targets import sketches
 from pipeline.targets.codecs import identity_of, make_spec
-from pipeline.targets.container.records import Identity
+from pipeline.targets.container.manifest import Identity
 from pipeline.targets.container.shards import FORMAT_VERSION
 
 

@@ -21,26 +21,21 @@ from pipeline.data.sample import Sample
 from pipeline.errors import ConfigError, UserError
 from pipeline.recipe import Recipe
 from pipeline.targets.container.folders import folder_at
-from pipeline.targets.container.records import (
-    DISCARD,
-    RecordStore,
-    RecordWriter,
-    damaged_shards,
-    read_parts,
-    refuse_differences,
-)
-from pipeline.targets.container.shards import Kind, record_name, recorded_shards
+from pipeline.targets.container.manifest import read_parts, refuse_differences
+from pipeline.targets.container.reader import DISCARD, StoreReader, damaged_shards
+from pipeline.targets.container.shards import Kind, commit_name, committed_shards
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.parquet import export_parquet
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 
-_READERS: Mapping[Kind, type[RecordStore]] = {"targets": SoftTargetStore, "sketches": SketchStore}
+_READERS: Mapping[Kind, type[StoreReader]] = {"targets": SoftTargetStore, "sketches": SketchStore}
 _MASS_EDGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
 _DRAWN_EDGES = (2, 3, 5, 9, 17, 33, 65)
 
 
 def merge(url: str | Path, sources: Sequence[str], shard_samples: int) -> int:
-    """Copy what a store lacks from others, checking every byte. Killed, it goes on where it was.
+    """Copy what a store lacks from others, checking every byte. After a kill, the same command goes on.
 
     Returns:
         Samples copied.
@@ -52,7 +47,7 @@ def merge(url: str | Path, sources: Sequence[str], shard_samples: int) -> int:
     identity = stores[0]["targets"].identity
     for store in stores:
         refuse_differences(store["targets"].folder, store["targets"].identity, identity)
-    writer = RecordWriter(url, identity)
+    writer = StoreWriter(url, identity)
     holder = {i: store for store in reversed(stores) for i in store["targets"].sample_ids}
     ids = list(dict.fromkeys(i for store in stores for i in store["targets"].sample_ids))
     origin = [part["dataset"] for store in stores for part in read_parts(store["targets"].folder)]
@@ -71,8 +66,8 @@ def _verify(recipe: Recipe, options: argparse.Namespace) -> int:
     for (shard, kind), problem in problems.items():
         print(problem)
         if options.discard:
-            folder.remove(record_name(shard, kind))
-    whole = set(recorded_shards(folder, "targets")) - {shard for shard, _ in problems}
+            folder.remove(commit_name(shard, kind))
+    whole = set(committed_shards(folder, "targets")) - {shard for shard, _ in problems}
     print(f"{folder}: {len(whole)} shard(s) whole, {len({shard for shard, _ in problems})} damaged")
     if problems:
         print("dropped; the teacher pass rebuilds them" if options.discard else DISCARD)
@@ -84,8 +79,8 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
     for key, value in store.identity.items():
         print(f"{key:24} {value}")
     planned = sum(len(part["sample_ids"]) for part in read_parts(store.folder))
-    size, tokens = sum(r.bytes for r in store.records), sum(r.rows for r in store.records)
-    print(f"{len(store.records)} shard(s), {len(store)} of {planned} samples")
+    size, tokens = sum(r.bytes for r in store.commits), sum(r.rows for r in store.commits)
+    print(f"{len(store.commits)} shard(s), {len(store)} of {planned} samples")
     print(f"{tokens} tokens, {size} bytes")
     if not len(store):
         return 0
@@ -144,7 +139,7 @@ def _stats(recipe: Recipe, options: argparse.Namespace) -> int:
     ):
         print(f"{name:22} {mean:.4f}")
     print(f"{'tokens per sample':22} {tokens / max(len(store), 1):.1f}")
-    print(f"{'bytes per token':22} {sum(r.bytes for r in store.records) / max(tokens, 1):.1f}")
+    print(f"{'bytes per token':22} {sum(r.bytes for r in store.commits) / max(tokens, 1):.1f}")
     print(f"tokens by {'ids drawn' if sampled else 'mass of the kept entries'}:")
     _print_histogram(edges.tolist(), histogram / max(tokens, 1))
     data = _data(recipe)

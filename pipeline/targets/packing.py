@@ -1,8 +1,9 @@
 """Compiled loops of the codecs: log-probabilities to small codes, codes and ids to bits, and back.
 
-Shape suffixes: T = tokens, K = entries a token, W = bytes a record, B = rows of a block, K1 = K + 1, the last spare.
-d = lp_1 - lp_k >= 0 is an entry's distance below the top one, x = `_bend(d)`. A record is a little-endian bit stream
-and then five f16 that the caller converts.
+Shape suffixes: T = tokens, K = entries a token, W = bytes a row, B = rows of a block, P = pieces of a row (see the bit
+streams below), C = chunks of 56 bits, N = any count. A row is what is stored of one token: a little-endian bit stream,
+and then five f16 that the caller converts. d = lp_1 - lp_k >= 0 is an entry's distance below the top one,
+x = `_bend(d)`.
 
 Numba compiles a function at its first call and caches the result beside this file or in the user's cache folder. One
 file on purpose: a cached function is compiled again when its own file changes, not when that of a callee does. What
@@ -24,7 +25,7 @@ from numba.extending import intrinsic
 F = TypeVar("F", bound=Callable[..., Any])
 
 FLOATS = 5
-"""Columns of a record's numbers: x_2, span, log odds of the tail, gold log-prob, entropy. An encoder fills three."""
+"""Columns of a row's numbers: x_2, span, log odds of the tail, gold log-prob, entropy. An encoder fills three."""
 OK, BAD_ID, BAD_VALUE = 0, 1, 2
 """What an encoder found: all well; an id outside the vocabulary; log-probs that are infinite, NaN or not descending."""
 LOGPROB_FLOOR = 32.0
@@ -35,11 +36,12 @@ SPARE = 4
 """Bytes behind a stream of draws, read and written without effect: an id touches that many at most."""
 
 _BLOCK = 32
+"""Rows that go through one small step together; few enough that all their arrays stay in the processor's cache."""
 _CHUNK = 56
-"""Bits that a piece may have: with a begun byte they fit a word."""
+"""Bits that a piece may have: with the up to 7 bits of a byte that is begun they fit a word."""
 _BEHIND = _CHUNK + 16
 _FALSE = ir.Constant(ir.IntType(1), 0)
-# A Python number would make an expression double.
+# All constants are f32 or i32: a Python number in an expression would make numba compute it in double precision.
 _ZERO, _HALF, _ONE, _BEND, _FLOOR = (np.float32(x) for x in (0, 0.5, 1, 4, LOGPROB_FLOOR))
 _SLACK = np.float32(1e-3)
 """How far from a whole number a share of the draws may be."""
@@ -50,6 +52,7 @@ _LN2_LOW = np.float32(math.log(2.0) - 0.693359375)
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(i)) for i in range(2, 7))
 _ROOT_HALF = np.int32(0x3F3504F3)
 """The bits of sqrt(1/2)."""
+# Coefficients of log(1 + r), third degree and up, from Cephes.
 _L3, _L4, _L5, _L6, _L7, _L8, _L9, _L10, _L11 = (
     np.float32(x)
     for x in (
@@ -57,6 +60,11 @@ _L3, _L4, _L5, _L6, _L7, _L8, _L9, _L10, _L11 = (
         1.1676998740e-1, -1.1514610310e-1, 7.0376836292e-2,
     )
 )  # fmt: skip
+
+
+# -- three ways to compile -------------------------------------------------------------------------------------------
+# Strict floating point keeps the compiler from turning some loops into vectors. Each loop gets the least freedom that
+# makes it fast: the more freedom, the more a last bit may depend on the kind of processor.
 
 
 def compiled(function: F, **options: Any) -> F:
@@ -79,9 +87,14 @@ def fused(function: F) -> F:
     return compiled(function, fastmath={"contract"})
 
 
+# -- elementary functions --------------------------------------------------------------------------------------------
+# Own exp and log, because a call into the C library keeps a loop from becoming vectors.
+
+
 @fused
 def _exp(d: Any) -> Any:
     """exp(-d) for d in [0, 80), relative error below 3e-7. Arithmetic only, so that its loop becomes vectors."""
+    # exp(-d) = 2^-n e^r with |r| <= log(2) / 2. log 2 is subtracted in two parts, so that r keeps its low bits.
     n = np.int32(d * _LOG2_E + _HALF)
     r = np.float32(n) * _LN2_HIGH - d + np.float32(n) * _LN2_LOW
     two_to_minus_n = np.int32((np.int32(127) - n) << np.int32(23)).view(np.float32)
@@ -116,8 +129,9 @@ def _as_f16(x: Any) -> Any:
     return np.float32(scaled - (scaled - float(x)) if x >= _SMALLEST else 0.0)
 
 
-# -- bit streams -------------------------------------------------------------------------------------------
-# A stream is written and read in pieces of up to 56 bits, at the same places in every record.
+# -- bit streams -----------------------------------------------------------------------------------------------------
+# A row's stream is written and read in pieces of up to 56 bits, at the same places in every row of a codec. So places
+# are computed once, and a piece is one shift and one 8-byte store, whatever bit it begins at.
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -140,7 +154,7 @@ def _ones(count: Any) -> Any:
 
 @compiled
 def _word(raw: Any, at: Any) -> Any:
-    """The 8 bytes from `at` as a little-endian number. LLVM makes one load of them."""
+    """The 8 bytes from `at` as a little-endian number. The compiler makes one load of them."""
     word = np.uint64(0)
     for j in range(8):
         word |= np.uint64(raw[at + np.uint64(j)]) << np.uint64(8 * j)
@@ -156,8 +170,10 @@ def _store(raw: Any, at: Any, word: Any) -> None:
 
 @compiled
 def _places(size_P: Any) -> Any:
-    """Of pieces of so many bits, one behind the other: the bytes where they begin, the bits in these, and how far the
-    piece before must be shifted for its end to fill such a byte. A table, since sums would wait for each other.
+    """Where pieces of so many bits begin, one behind the other, u64[3, P]: the byte, the bit in it, and how far the
+    piece before must be shifted right so that its end fills the byte's lower bits.
+
+    A table, because a running sum would make every piece wait for the one before.
     """
     place_3P, bit, before = np.empty((3, size_P.shape[0]), np.uint64), np.uint64(0), np.uint64(0)
     for j in range(size_P.shape[0]):
@@ -169,15 +185,18 @@ def _places(size_P: Any) -> Any:
 
 
 @compiled
-def _put(raw: Any, record: Any, size: Any, rows: Any, pair_BP: Any, more_BC: Any, place_3P: Any) -> None:
-    """Write a block's pieces, the ones of both arrays, to records of `size` bytes from a byte on.
+def _put(raw: Any, first_byte: Any, size: Any, rows: Any, pair_BP: Any, more_BC: Any, place_3P: Any) -> None:
+    """Write a block's pieces, first those of `pair_BP` and then those of `more_BC`, to rows of `size` bytes that begin
+    at `first_byte`.
 
-    Up to 7 bytes behind a piece are overwritten: by the next piece, or where the record's floats will be.
+    Each piece is stored as 8 bytes. What it overwrites behind its end is written afterwards: by the next piece, or by
+    the caller, who puts the row's floats there.
     """
     pairs = pair_BP.shape[1]
     for b in range(rows):
-        begin, before = np.uint64(record + b * size), np.uint64(0)
+        begin, before = np.uint64(first_byte + b * size), np.uint64(0)
         for j in range(pairs):
+            # The byte is shared with the end of the piece before, which is carried along instead of read back.
             piece = pair_BP[b, j]
             _store(raw, begin + place_3P[0, j], (piece << place_3P[1, j]) | (before >> place_3P[2, j]))
             before = piece
@@ -188,10 +207,10 @@ def _put(raw: Any, record: Any, size: Any, rows: Any, pair_BP: Any, more_BC: Any
 
 
 @compiled
-def _take(raw: Any, record: Any, size: Any, rows: Any, place_3P: Any, piece_BP: Any) -> None:
-    """Read a block's pieces; the bits above them may hold anything. Up to 7 bytes behind a piece are read."""
+def _take(raw: Any, first_byte: Any, size: Any, rows: Any, place_3P: Any, piece_BP: Any) -> None:
+    """Read a block's pieces. The bits above a piece's own hold whatever comes next: the caller masks them."""
     for b in range(rows):
-        begin = np.uint64(record + b * size)
+        begin = np.uint64(first_byte + b * size)
         for j in range(piece_BP.shape[1]):
             piece_BP[b, j] = _word(raw, begin + place_3P[0, j]) >> place_3P[1, j]
 
@@ -214,12 +233,14 @@ def _split(piece_N: Any, width: Any, count: Any) -> None:
         piece_N[i] = (piece_N[i] & mask) | (((piece_N[i] >> np.uint64(width)) & mask) << np.uint64(32))
 
 
-# -- log-probabilities -------------------------------------------------------------------------------------
+# -- log-probabilities -----------------------------------------------------------------------------------------------
+# Stored are distances below the top entry and the tail's log odds. The top log-prob itself is not stored: it follows
+# from head and tail summing to 1, so a decoded row is a distribution again and its KL cannot be negative.
 
 
 @compiled
 def _rises(value_N: Any, first: Any, step: Any, count: Any) -> Any:
-    """How many of the values at first, first + step, ... are not followed by one that is as large at most."""
+    """How many of the values at first, first + step, ... are followed by a larger one, or by NaN."""
     found = np.int32(0)
     for i in range(count):
         at = np.uint64(first) + np.uint64(i) * np.uint64(step)
@@ -229,7 +250,9 @@ def _rises(value_N: Any, first: Any, step: Any, count: Any) -> Any:
 
 @compiled
 def _descend(logprobs_TK: Any, start: Any, rows: Any) -> Any:
-    """False of a row with NaN, too. All rows at once; a row may begin above the end of the one before."""
+    """Whether log-probs descend within every row of the block; False with a NaN, too."""
+    # The block is one long loop over neighbours. Where one row ends and the next begins a rise is allowed: the rises at
+    # those places alone are counted apart, and must be all there are.
     top_k, logprob_N = logprobs_TK.shape[1], logprobs_TK.reshape(-1)
     first = start * top_k
     return _rises(logprob_N, first, 1, rows * top_k - 1) == _rises(logprob_N, first + top_k - 1, top_k, rows - 1)
@@ -244,7 +267,8 @@ def _scratch(top_k: Any) -> Any:
 
 @compiled
 def _known(ids_TK: Any, vocab_size: Any, start: Any, rows: Any) -> Any:
-    id_N, largest = ids_TK.reshape(-1), np.uint64(0)  # a negative one is larger than any other
+    """Whether the block's ids lie in the vocabulary."""
+    id_N, largest = ids_TK.reshape(-1), np.uint64(0)  # as an unsigned number a negative id is larger than any other
     for i in range(rows * ids_TK.shape[1]):
         largest = max(largest, np.uint64(id_N[np.uint64(start * ids_TK.shape[1] + i)]))
     return largest < np.uint64(vocab_size)
@@ -281,7 +305,10 @@ def _measure(
     row_B: Any,
     floats_T5: Any,
 ) -> Any:
-    """A block's x, and its first and third float: x_2, rounded in x as well, and the tail's log odds."""
+    """Fill a block's x, and its first and third float: x_2 (rounded to f16, in `x_BK` too) and the tail's log odds.
+
+    Returns OK, BAD_ID or BAD_VALUE.
+    """
     second, rows, good = min(1, x_BK.shape[1] - 1), min(_BLOCK, ids_TK.shape[0] - start), True
     if not _known(ids_TK, vocab_size, start, rows):
         return BAD_ID
@@ -291,12 +318,13 @@ def _measure(
         mass_N[i] = _exp(x_N[i])
         x_N[i] = _bend(x_N[i])
     _sums(mass_BK, rows, row_B)
+    # Log odds of the tail against the kept entries as they will be decoded, distances cut at the floor included.
     for b in range(rows):
         t = np.uint64(start + b)
         row_B[b] = tail_T[t] - logprobs_TK[t, 0] - _log(row_B[b])
     for b in range(rows):
         t = np.uint64(start + b)
-        good &= (row_B[b] < np.inf) & (logprobs_TK[t, 0] < np.inf)  # neither of NaN
+        good &= (row_B[b] < np.inf) & (logprobs_TK[t, 0] < np.inf)  # both are False of NaN
         floats_T5[t, 2] = row_B[b]
         floats_T5[t, 0] = x_BK[b, second] = _as_f16(x_BK[b, second])
     return OK if good and _descend(logprobs_TK, start, rows) else BAD_VALUE
@@ -304,7 +332,7 @@ def _measure(
 
 @compiled
 def _finish(x_BK: Any, mass_BK: Any, row_B: Any, floats_T5: Any, start: Any, logprobs_TK: Any, tail_T: Any) -> None:
-    """A block's log-probs, whose distances are unbend(x): head and tail sum to 1. Uses x up."""
+    """Fill a block's log-probs and tail from x, so that head and tail sum to 1. Overwrites x."""
     rows = min(_BLOCK, logprobs_TK.shape[0] - start)
     for b in range(rows):
         x_BK[b, 0] = _ZERO
@@ -316,7 +344,8 @@ def _finish(x_BK: Any, mass_BK: Any, row_B: Any, floats_T5: Any, start: Any, log
     for b in range(rows):
         t = np.uint64(start + b)
         odds = floats_T5[t, 2]
-        rest = _log(_ONE + _exp(min(abs(odds), _FLOOR)))  # of e^-|odds|: neither a sharp nor a flat row overflows
+        # log(1 + e^-|odds|), and the sign put back below: no overflow, whether almost all mass is in the tail or none.
+        rest = _log(_ONE + _exp(min(abs(odds), _FLOOR)))
         row_B[b] = min(-odds, _ZERO) - rest - _log(row_B[b])
         tail_T[t] = min(odds, _ZERO) - rest
     for b in range(rows):
@@ -326,12 +355,14 @@ def _finish(x_BK: Any, mass_BK: Any, row_B: Any, floats_T5: Any, start: Any, log
             logprobs_TK[t, k] = top - x_BK[b, k]
 
 
-# -- packed: ids in probability order ----------------------------------------------------------------------
+# -- packed: ids in probability order --------------------------------------------------------------------------------
+# An entry is a field: its id, and the step from x_{k-1} to x_k. Two fields make a piece. The first two entries need no
+# step (x_1 is 0, x_2 a float of its own), so the first piece holds two ids alone.
 
 
 @compiled
 def _packed_places(top_k: Any, id_width: Any, width: Any) -> Any:
-    """The first two ids together, then pairs of an id and a step each."""
+    """Places of the first two ids together, then of pairs of fields."""
     size_P = np.full((top_k + 1) // 2, 2 * (id_width + width))
     size_P[0] = min(2, top_k) * id_width
     return _places(size_P)
@@ -341,8 +372,9 @@ def _packed_places(top_k: Any, id_width: Any, width: Any) -> Any:
 def encode_packed(
     ids_TK: Any, logprobs_TK: Any, tail_T: Any, vocab_size: Any, id_width: Any, width: Any, raw_TW: Any, floats_T5: Any
 ) -> Any:
-    """Fill records, but for their floats, and the first three of these: ids, those of ranks >= 3 with the step from
-    x_{k-1} to x_k.
+    """Fill rows `raw_TW` but for their floats, and the first three columns of these in `floats_T5`.
+
+    Returns OK, BAD_ID or BAD_VALUE; what was filled until then means nothing.
     """
     top_k = ids_TK.shape[1]
     place_3P = _packed_places(top_k, id_width, width)
@@ -371,7 +403,8 @@ def _widest_steps(x_BK: Any, floats_T5: Any, start: Any, rows: Any) -> None:
     """Fill the second float: the largest x_k - x_{k-1} from x_2 on."""
     for b in range(rows):
         t = np.uint64(start + b)
-        # As integers, whose maximum becomes vectors and whose order is the same.
+        # Compared as integers, since floats >= 0 have the same order as their bits, and the integers' maximum becomes
+        # vectors.
         second, widest, before = floats_T5[t, 0], np.int32(0), _ZERO
         for k in range(x_BK.shape[1]):
             above = max(x_BK[b, k] - second, _ZERO)
@@ -382,10 +415,10 @@ def _widest_steps(x_BK: Any, floats_T5: Any, start: Any, rows: Any) -> None:
 
 @compiled
 def _step_fields(x_BK: Any, floats_T5: Any, ids_TK: Any, start: Any, rows: Any, width: Any, field_BK2: Any) -> None:
-    """Fill id << width | step. Places are rounded, not steps: errors do not add up."""
+    """Fill fields id << width | step. Places are rounded and steps are their differences: errors do not add up."""
     for b in range(rows):
         t = np.uint64(start + b)
-        # The difference of two roundings is at most 1 above the difference, hence a level less than a code has.
+        # A difference of two rounded places may be 1 above the widest step, so the scale leaves one level free.
         second, scale = floats_T5[t, 0], np.float32((1 << width) - 2) / floats_T5[t, 1]
         before = np.int32(0)
         for k in range(x_BK.shape[1]):
@@ -409,7 +442,8 @@ def decode_packed(
     for start in range(0, ids_TK.shape[0], _BLOCK):
         rows = min(_BLOCK, ids_TK.shape[0] - start)
         _take(raw, start * size, size, rows, place_3P, piece_BP)
-        for b in range(rows):  # as if the first two ids had steps, of 0
+        # Give the first two ids steps of 0, so that all pieces can be split and summed in the same way.
+        for b in range(rows):
             second_id = (piece_BP[b, 0] >> np.uint64(id_width)) & id_mask
             both = (piece_BP[b, 0] & id_mask) | (second_id << np.uint64(id_width + width))
             piece_BP[b, 0] = both << np.uint64(width)
@@ -433,8 +467,11 @@ def _add_steps(field_BK2: Any, b: Any, width: Any, second: Any, span: Any, x_BK:
         x_BK[b, k] = second + np.float32(np.int32(field_BK2[b, k])) * step
 
 
-# -- compact: ids as a set ---------------------------------------------------------------------------------
-# Keys come in rows of even length, 0 behind an odd K: two of them are a u64.
+# -- compact: ids as a set -------------------------------------------------------------------------------------------
+# The ids of a row are sorted and stored as a set, which takes fewer bits than a list. Their order is lost, so a
+# log-prob is coded by its place between x_2 and x_K and not by a step; sorting by code brings the order back. Between
+# the loops here numpy sorts keys: an id and a code in one u32. Keys come in rows of even length, 0 behind an odd K,
+# because the loops take two of them as a u64.
 
 
 @compiled
@@ -469,8 +506,9 @@ def codes_of_sets(
 
 @compiled
 def _set_places(top_k: Any, width: Any, unary: Any) -> Any:
-    """Pairs of low parts with a code each, then what is left of so many bits in unary. Of an odd number of low parts
-    the last one's pair ends with the first `width` of them.
+    """Places of pairs of low parts with their codes, `width` bits each, and then of the unary bits in chunks.
+
+    With an odd K the last pair has room for one more part: the first `width` of the `unary` bits are there.
     """
     pairs, left = (top_k + 1) // 2, unary - (top_k & 1) * width
     size_P = np.full(pairs + max(0, left + _CHUNK - 1) // _CHUNK, 2 * width)
@@ -480,13 +518,16 @@ def _set_places(top_k: Any, width: Any, unary: Any) -> Any:
 
 @compiled
 def _unary(keys_TK2: Any, top_k: Any, width: Any, start: Any, rows: Any, first: Any, chunk_BC: Any, c: Any) -> None:
-    """Fill two chunks of a block's high parts in unary: bits first, first + 1, ..."""
+    """Fill chunks c and c + 1 of a block's high parts in unary, which hold its bits first, first + 1, ...
+
+    Every id is looked at for every two chunks, without a branch: one that lies elsewhere adds no bit.
+    """
     size = np.uint64(_CHUNK)
     for b in range(rows):
         t, word, next_word = np.uint64(start + b), np.uint64(0), np.uint64(0)
         for k in range(top_k):
             high = np.uint64(keys_TK2[t, k] >> np.uint32(width))
-            place = high + np.uint64(k) - np.uint64(first)  # wraps below the first
+            place = high + np.uint64(k) - np.uint64(first)  # before the first bit it wraps around, and is too large
             word |= np.uint64(1) << place if place < size else np.uint64(0)
             next_word |= np.uint64(1) << (place - size) if place - size < size else np.uint64(0)
         chunk_BC[b, c], chunk_BC[b, c + 1] = word, next_word
@@ -494,8 +535,10 @@ def _unary(keys_TK2: Any, top_k: Any, width: Any, start: Any, rows: Any, first: 
 
 @compiled
 def encode_sets(keys_TK2: Any, top_k: Any, low: Any, width: Any, highest: Any, raw_TW: Any) -> None:
-    """Fill records, but for their floats, from ascending keys: ids' low bits with their codes, then the high bits in
-    unary [published: Elias-Fano]: bit (id >> low) + i is set for the i-th id. `highest`: the largest high part.
+    """Fill rows, but for their floats, from keys by ascending id: the ids' low bits with their codes, then the high
+    bits in unary [published: Elias-Fano]: bit (id >> low) + i is set for the i-th id.
+
+    `highest` is the largest high part that an id of the vocabulary has.
     """
     both, odd, pairs = low + width, top_k & 1, keys_TK2.shape[1] // 2
     place_3P = _set_places(top_k, both, top_k + highest)
@@ -505,7 +548,7 @@ def encode_sets(keys_TK2: Any, top_k: Any, low: Any, width: Any, highest: Any, r
     for start in range(0, keys_TK2.shape[0], _BLOCK):
         rows = min(_BLOCK, keys_TK2.shape[0] - start)
         _join(two_N, start * pairs, both, pair_BP.reshape(-1), rows * pairs)
-        if odd:
+        if odd:  # the last pair has one low part, and takes the first bits of the unary part in the place of another
             _unary(keys_TK2, top_k, both, start, rows, 0, chunk_BC, 0)
             for b in range(rows):
                 pair_BP[b, pairs - 1] |= (chunk_BC[b, 0] & _ones(both)) << np.uint64(both)
@@ -516,16 +559,17 @@ def encode_sets(keys_TK2: Any, top_k: Any, low: Any, width: Any, highest: Any, r
 
 @compiled
 def _high_parts(raw: Any, bit: Any, step: Any, rows: Any, unary: Any, top_k: Any, high_N: Any, columns: Any) -> None:
-    """Read a block's high parts from so many bits in unary, `step` bits from row to row. What a row writes behind its
-    K, up to `_BEHIND`, the next one overwrites.
+    """Read a block's high parts from `unary` bits a row, `step` bits from row to row.
 
-    Ones are taken 16 at a time, needed or not: how many a chunk has cannot be guessed, a branch on it would be.
+    Ones are taken 16 at a time, also where a chunk has fewer: a loop over their exact number would end in a branch that
+    the processor cannot predict. What is written too much behind a row's K, at most `_BEHIND`, the next row overwrites.
     """
     for b in range(rows):
         byte, shift = np.uint64(bit + b * step) >> np.uint64(3), np.uint64(bit + b * step) & np.uint64(7)
         row, found, begin = np.uint64(b * columns), np.uint64(0), np.uint64(0)
         while begin < np.uint64(unary):
             chunk = (_word(raw, byte) >> shift) & _ones(min(np.uint64(unary) - begin, np.uint64(_CHUNK)))
+            # The i-th one stands at bit (high part + i), so its high part is its place less the ones before it.
             count = _bit_count(chunk)  # type: ignore[call-arg, var-annotated]
             high, at = begin - found, row + found
             for _ in range(0, count, 16):
@@ -547,6 +591,7 @@ def decode_sets(raw_TW: Any, top_k: Any, low: Any, width: Any, id_width: Any, hi
     for start in range(0, keys_TK2.shape[0], _BLOCK):
         rows = min(_BLOCK, keys_TK2.shape[0] - start)
         _take(raw, start * size, size, rows, place_3P, piece_BP)
+        # The unary part follows the low parts, K * (low + width) bits from the beginning of each row.
         _high_parts(raw, 8 * start * size + top_k * both, 8 * size, rows, unary, top_k, high_N, columns)
         piece_N = piece_BP.reshape(-1)
         _split(piece_N, both, rows * columns // 2)
@@ -558,6 +603,7 @@ def decode_sets(raw_TW: Any, top_k: Any, low: Any, width: Any, id_width: Any, hi
 def _join_keys(
     field_N: Any, high_N: Any, low: Any, width: Any, id_width: Any, key_N: Any, first: Any, count: Any
 ) -> None:
+    """Keys code << id_width | id from fields (low part, code) and the ids' high parts."""
     mask, up, by = np.uint32((1 << width) - 1), np.uint32(id_width), np.uint32(low)
     for i in range(count):
         id_ = (high_N[i] << by) | (field_N[i] >> np.uint32(width))
@@ -568,7 +614,7 @@ def _join_keys(
 def finish_sets(
     keys_TK2: Any, floats_T5: Any, width: Any, id_width: Any, ids_TK: Any, logprobs_TK: Any, tail_T: Any
 ) -> None:
-    """Targets from the keys of `decode_sets` in ascending order, which is the order of rank."""
+    """Fill the targets from the keys of `decode_sets`, sorted: ascending codes are descending probabilities."""
     top_k = ids_TK.shape[1]
     levels, mask = np.float32((1 << width) - 2), np.uint32((1 << id_width) - 1)
     x_BK, mass_BK, row_B = _scratch(top_k)
@@ -583,16 +629,17 @@ def finish_sets(
         _finish(x_BK, mass_BK, row_B, floats_T5, start, logprobs_TK, tail_T)
 
 
-# -- sampled: draws and their counts -----------------------------------------------------------------------
+# -- sampled: draws and their counts ---------------------------------------------------------------------------------
+# Rows differ in length here, so one stream runs through all tokens, bit by bit and without blocks.
 
 
 @summing
 def _count(logprobs_TK: Any, t: Any, draws: Any, count_K: Any) -> Any:
-    """Fill how often each entry was drawn; returns the number of distinct ids, 0 for a row that is not N draws."""
+    """Fill how often each entry was drawn. Returns the distinct ids, 0 for a row that is not `draws` draws."""
     scale, excess, rise, total, drawn = np.float32(draws), _ZERO, np.int32(0), np.int32(0), np.int32(0)
     for k in range(count_K.shape[0]):
         drawn += np.int32(logprobs_TK[t, k] >= -_FLOOR)
-    stop = min((drawn + 15) & -16, count_K.shape[0])  # whole vectors; what was not drawn stands at the end
+    stop = min((drawn + 15) & -16, count_K.shape[0])  # up to whole vectors; entries that were not drawn are last
     for k in range(stop):
         share = _exp(min(-logprobs_TK[t, k], _FLOOR)) * scale
         count_K[k] = np.int32(share + _HALF)
@@ -610,9 +657,12 @@ def _count(logprobs_TK: Any, t: Any, draws: Any, count_K: Any) -> Any:
 def encode_draws(
     ids_TK: Any, logprobs_TK: Any, vocab_size: Any, draws: Any, id_width: Any, distinct_T: Any, raw: Any
 ) -> Any:
-    """Fill each row's number of ids, and a zeroed stream u8 that is long enough: each row's ids, then from its last
-    entry to its second by how much a count exceeds the one behind it, in unary. Behind the last is 1, the first is what
-    is left of the draws. Returns the stream's bits, or minus what is wrong.
+    """Fill each row's number of distinct ids, and a zeroed stream u8 that is long enough. Returns the bits used, or
+    minus BAD_ID or BAD_VALUE.
+
+    Of each row the stream holds the ids, and then, from the last entry to the second, by how much a count exceeds the
+    count behind it, in unary; the last count is compared with 1. The first count is what is left of the draws, and not
+    stored.
     """
     bit, count_K = 0, np.empty(ids_TK.shape[1], np.int32)
     for t in range(ids_TK.shape[0]):
@@ -640,7 +690,8 @@ def encode_draws(
 def decode_draws(
     raw: Any, distinct_T: Any, draws: Any, id_width: Any, log_share_N1: Any, ids_TK: Any, logprobs_TK: Any
 ) -> Any:
-    """Inverse of `encode_draws` into arrays of 0 and -inf; returns the stream's bits, -8 if it ends early.
+    """Inverse of `encode_draws` into arrays of 0 and -inf. Returns the bits used, or -8 if the stream ends early or its
+    counts do not sum to the draws.
 
     log_share_N1: log(count / N) of the counts 0..N.
     """

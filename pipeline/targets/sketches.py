@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.errors import StoreError
 from pipeline.recipe import SketchConfig
-from pipeline.targets.container.records import RecordStore
+from pipeline.targets.container.reader import StoreReader
 from pipeline.targets.container.shards import Bytes
 
 CELLS = 4
@@ -36,7 +36,7 @@ class Sketch:
     """f32, the rows that predict the answer tokens."""
 
 
-class SketchStore(RecordStore):
+class SketchStore(StoreReader):
     """Random access to sketches by sample_id. Safe to fork and pickle."""
 
     kind = "sketches"

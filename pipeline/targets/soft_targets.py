@@ -28,6 +28,9 @@ _THIN = 1e-30
 """Tail mass over the top token's, below which `_LOWEST` would be seen in it."""
 
 
+# -- what is kept ------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class SoftTargets:
     """What is kept of the teacher's distribution p, one row per answer token [METHOD section 1].
@@ -83,6 +86,9 @@ class SoftTargets:
 
     def _tensors(self) -> tuple[Tensor, ...]:
         return self.ids, self.logprobs, self.tail_logprob, self.gold_logprob, self.entropy
+
+
+# -- from logits -------------------------------------------------------------------------------------------------------
 
 
 def clipped_top_k(top_k: int, vocab_size: int) -> int:
@@ -183,6 +189,9 @@ def _counted(ids_TN: Tensor) -> tuple[Tensor, Tensor]:
     counts_TK = empty_TK.scatter_add(1, slot_TN, torch.ones_like(ids_TN))
     counts_TK, order_TK = counts_TK.sort(dim=1, descending=True, stable=True)
     return empty_TK.scatter(1, slot_TN, ids_TN).gather(1, order_TK), counts_TK
+
+
+# -- softmax in pieces -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

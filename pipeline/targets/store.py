@@ -1,4 +1,4 @@
-"""Soft targets by sample_id: the records of a store, decoded.
+"""Soft targets by sample_id: reading and writing a store's records of the kind `targets`.
 
 `SoftTargetStore.to_dataset` opens them with Hugging Face `datasets`, for people who bring their own trainer.
 """
@@ -12,15 +12,17 @@ from numpy.typing import NDArray
 from pipeline.errors import StoreError
 from pipeline.targets.codecs import CODECS, spec_of
 from pipeline.targets.container.folders import Folder
-from pipeline.targets.container.records import Identity, RecordStore, RecordWriter, identity_digest
-from pipeline.targets.container.shards import CommitRecord, ShardIndex
+from pipeline.targets.container.manifest import Identity, identity_digest
+from pipeline.targets.container.reader import StoreReader
+from pipeline.targets.container.shards import Commit, ShardIndex
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import SoftTargets, concatenate
 
 if TYPE_CHECKING:  # slow to import, and no stage of the pipeline needs it
     import datasets
 
 
-class SoftTargetStore(RecordStore):
+class SoftTargetStore(StoreReader):
     """Random access to soft targets by sample_id. Safe to fork and pickle."""
 
     kind = "targets"
@@ -68,7 +70,7 @@ class SoftTargetStore(RecordStore):
         """
         import datasets
 
-        digest = identity_digest({**self.identity, "shards": [record.xxh3_128 for record in self.records]})
+        digest = identity_digest({**self.identity, "shards": [record.xxh3_128 for record in self.commits]})
         made = datasets.Dataset.from_generator(
             _dataset_rows,
             features=features(),
@@ -89,7 +91,7 @@ def features() -> "datasets.Features":
     return Features(columns | {name: List(Value("float32")) for name in ("tail_logprob", "gold_logprob", "entropy")})
 
 
-def write_targets(writer: RecordWriter, shard: int, samples: Sequence[tuple[str, SoftTargets]]) -> CommitRecord:
+def write_targets(writer: StoreWriter, shard: int, samples: Sequence[tuple[str, SoftTargets]]) -> Commit:
     """Encode and commit a shard's soft targets. StoreError naming the sample whose targets the codec refuses."""
     encoded = [
         (sample_id, len(targets), _encode(writer.identity, sample_id, targets)) for sample_id, targets in samples

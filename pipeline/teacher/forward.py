@@ -31,6 +31,13 @@ class Outputs:
     targets: dict[str, SoftTargets] = field(default_factory=dict)
     sketches: dict[str, Sketch] = field(default_factory=dict)
     cut_tokens: int = 0
+    """Answer tokens that were left out to fit `data.max_length`."""
+
+    def add(self, other: "Outputs") -> None:
+        """Take in what another forward gave, for other samples."""
+        self.targets.update(other.targets)
+        self.sketches.update(other.sketches)
+        self.cut_tokens += other.cut_tokens
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The teacher pass: soft targets of the training split, once, into the store.
 
     clkd teacher RECIPE.yaml [--worker I --workers N] [--json FILE]
-    accelerate launch --multi_gpu --num_processes N -m pipeline.teacher.stage --config RECIPE.yaml
+    accelerate launch --multi_gpu --num_processes N -m pipeline teacher RECIPE.yaml
 
 The sorted list of samples is planned into shards. Worker I takes shards j = I mod N first and then those that no other
 worker holds, so workers may be killed, added or left out. A shard that is committed is skipped: the same command goes
@@ -9,45 +9,24 @@ on after any interruption, and adds the samples that the data set has gained.
 """
 
 import argparse
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import Batch, collate
 from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
-from pipeline.data.sample import Sample, require_answers
+from pipeline.data.sample import require_answers
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.models.compatibility import check_compatible, check_own_files
 from pipeline.models.loading import batch_attention, compute_device, load_model
 from pipeline.recipe import Recipe
-from pipeline.targets import sketches
-from pipeline.targets.container.leases import ShardLeases, clear_leases
-from pipeline.targets.container.records import RecordWriter
-from pipeline.targets.container.shards import CommitRecord
+from pipeline.targets.container.leases import clear_leases
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.identity import dataset_fingerprint, expected_identity
-from pipeline.targets.store import write_targets
-from pipeline.teacher.forward import Outputs, batch_outputs
-
-WINDOW_BATCHES = 8
-"""Batches whose samples are encoded together and sorted by length: little padding, bounded memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Consecutive samples of one shard."""
-
-    shard: int
-    samples: Sequence[Sample]
+from pipeline.teacher.shard_pass import ShardPass
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,23 +58,6 @@ class PassSummary:
         )
 
 
-class EncodedWindows(Dataset[tuple[int, list[Batch]]]):
-    """(shard, batches of similar length) of each window; encoding runs in DataLoader workers."""
-
-    def __init__(self, windows: Sequence[Window], processor: Processor, batch_size: int) -> None:
-        self.windows, self.processor, self.batch_size = windows, processor, batch_size
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> tuple[int, list[Batch]]:
-        window, processor = self.windows[index], self.processor
-        encoded = [processor.encode(sample) for sample in window.samples]
-        encoded.sort(key=lambda e: len(e.input_ids))  # stable: the batches are the same in every run
-        chunks = [encoded[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
-        return window.shard, [collate(chunk, processor.pad_id, processor.image_token_id) for chunk in chunks]
-
-
 def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     """Write the shards that are neither committed nor in another worker's hands, this worker's share first.
 
@@ -108,7 +70,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
     require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
-    writer = RecordWriter(recipe.store_url, expected_identity(recipe, processor))
+    writer = StoreWriter(recipe.store_url, expected_identity(recipe, processor))
     by_id = {sample.sample_id: sample for sample in samples}
     committed, damaged = writer.committed()
     planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
@@ -120,7 +82,18 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     skipped = len(planned) - len(todo)
     if not todo:
         return PassSummary(0, skipped, 0, 0, 0, 0, 0, 0.0)
-    return _write_shards(recipe, writer, _load_teacher(recipe, processor), processor, todo, skipped)
+    done = ShardPass(recipe, writer, _load_teacher(recipe, processor), processor, todo)
+    done.run()
+    return PassSummary(
+        shards=len(done.commits),
+        skipped=skipped,
+        elsewhere=len(todo) - len(done.commits),
+        samples=sum(commit.samples for commit in done.commits),
+        tokens=sum(commit.rows for commit in done.commits),
+        bytes=sum(commit.bytes for commit in done.commits),
+        cut_tokens=done.cut_tokens,
+        seconds=done.seconds,
+    )
 
 
 def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
@@ -133,99 +106,6 @@ def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
     if settings.device_map is None:
         torch.nn.Module.to(model, compute_device(recipe.run.device))
     return model
-
-
-def _write_shards(
-    recipe: Recipe,
-    writer: RecordWriter,
-    model: PreTrainedModel,
-    processor: Processor,
-    todo: dict[int, list[Sample]],
-    skipped: int,
-) -> PassSummary:
-    started, records, cut_tokens = time.perf_counter(), [], 0
-    done = Outputs()
-    left = {shard: len(samples) for shard, samples in todo.items()}
-    bar = tqdm(total=sum(left.values()), desc="teacher pass", unit="sample", disable=None)
-    # One thread encodes and writes a shard while the next one is computed.
-    with ShardLeases(writer.folder) as leases, bar, ThreadPoolExecutor(1) as pool:
-        writing: list[Future[CommitRecord]] = []
-
-        def take(shard: int) -> bool:
-            taken = leases.claim(shard)
-            if taken and writer.is_whole(shard):  # another worker's work since this one began
-                leases.release(shard)
-                taken = False
-            if not taken:
-                left.pop(shard)
-                bar.total = sum(left.values())
-            return taken
-
-        def commit(shard: int, outputs: Outputs) -> CommitRecord:
-            record = _commit(writer, shard, [sample.sample_id for sample in todo[shard]], outputs)
-            leases.release(shard)
-            return record
-
-        def finish_writing() -> None:
-            for future in writing:
-                records.append(future.result())
-                bar.set_postfix_str(_rates(records, time.perf_counter() - started))
-            writing.clear()
-
-        for shard, batches in _encoded_windows(recipe, processor, todo, take):
-            for batch in batches:
-                outputs = batch_outputs(model, batch, recipe.targets, processor.vocab_size)
-                done.targets.update(outputs.targets)
-                done.sketches.update(outputs.sketches)
-                cut_tokens += outputs.cut_tokens
-                bar.update(len(outputs.targets))
-            if len(done.targets) == len(todo[shard]):
-                finish_writing()  # at most one shard waits: bounded memory
-                writing.append(pool.submit(commit, shard, done))
-                done = Outputs()
-        finish_writing()
-    assert not done.targets, "a shard was left half done"
-    return PassSummary(
-        shards=len(records),
-        skipped=skipped,
-        elsewhere=len(todo) - len(records),
-        samples=sum(record.samples for record in records),
-        tokens=sum(record.rows for record in records),
-        bytes=sum(record.bytes for record in records),
-        cut_tokens=cut_tokens,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _commit(writer: RecordWriter, shard: int, sample_ids: Sequence[str], outputs: Outputs) -> CommitRecord:
-    """Write a shard's files; the soft targets are last, and their record is returned."""
-    if "sketches" in writer.kinds:
-        sketched = [(i, outputs.sketches[i]) for i in sample_ids]
-        rows = [(i, len(s.cells_CR) + len(s.tokens_TR), sketches.encode(s)) for i, s in sketched]
-        writer.write_shard(shard, rows, "sketches")
-    return write_targets(writer, shard, [(i, outputs.targets[i]) for i in sample_ids])
-
-
-def _rates(records: Sequence[CommitRecord], seconds: float) -> str:
-    tokens, size = sum(r.rows for r in records), sum(r.bytes for r in records)
-    return f"{tokens / seconds:.0f} tokens/s, {size / 2**20:.1f} MiB"
-
-
-def _encoded_windows(
-    recipe: Recipe, processor: Processor, todo: dict[int, list[Sample]], take: Callable[[int], bool]
-) -> Iterator[tuple[int, list[Batch]]]:
-    """Windows of the shards that `take` allows, in order; it is asked shortly before a shard's first window."""
-    size = WINDOW_BATCHES * recipe.targets.batch_size
-    windows = [
-        Window(shard, samples[start : start + size])
-        for shard, samples in todo.items()
-        for start in range(0, len(samples), size)
-    ]
-    places = itertools.groupby(range(len(windows)), key=lambda place: windows[place].shard)
-    taken = (place for shard, of_shard in places if take(shard) for place in of_shard)
-    dataset = EncodedWindows(windows, processor, recipe.targets.batch_size)
-    # A worker of the loader encodes while this process computes.
-    yield from DataLoader(dataset, batch_size=None, sampler=taken, num_workers=max(1, recipe.data.workers))
 
 
 def main(recipe: Recipe, options: argparse.Namespace) -> None:

@@ -28,6 +28,9 @@ from pipeline.targets.store import SoftTargetStore
 MODEL_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
 
 
+# -- requests and micro-batches ----------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one rank reads for one micro-batch: table indices [B] and the shares of the KL and feature terms of each."""
@@ -88,12 +91,15 @@ class MicroBatch:
 def by_length(samples: Sequence[Sample], index_G: NDArray[np.int64]) -> NDArray[np.int64]:
     """Places of a step's samples, short ones first: number of images, then characters; equals keep their order.
 
-    Ranks take strides of it, so that a micro-step's samples are alike in length on all ranks: less padding, and less
-    waiting for each other. Which samples a step has stays as planned, and the loss is one sum over them.
+    Ranks take strides of it, so the samples of a micro-step have similar lengths on all ranks: less padding, and less
+    waiting for each other. A step still has the samples that were planned, and the loss is one sum over them.
     """
     chosen = [samples[i] for i in index_G]
     characters = [len(sample.prompt) + len(sample.answer) for sample in chosen]
     return np.lexsort((characters, [len(sample.images) for sample in chosen]))
+
+
+# -- building them, in workers -----------------------------------------------------------------------------------------
 
 
 class MicroBatches(Dataset[MicroBatch]):
@@ -137,6 +143,7 @@ def assemble(
     cells_CV: Tensor | None = None,
 ) -> MicroBatch:
     """Find the answer rows (logit row t predicts token t + 1) and join the soft targets by sample_id."""
+    # The head computes one span of positions for all samples; within it only the rows that predict an answer count.
     labels_BS = batch["labels"]
     next_BS = torch.full_like(labels_BS, -100)
     next_BS[:, :-1] = labels_BS[:, 1:]
@@ -165,7 +172,7 @@ def assemble(
 def _join_targets(
     request: Request, encoded: Sequence[Encoded], counts: list[int], store: SoftTargetStore | None
 ) -> tuple[SoftTargets | None, int]:
-    """Stored rows of the samples still distilled, and how many these are; the released are not read: inert rows."""
+    """Targets of all rows, and how many samples were read. Released samples are not read, and get inert rows."""
     wanted = request.alpha_B > 0
     if store is None or not wanted.any():
         return None, 0
@@ -205,7 +212,7 @@ def with_features(
 
 
 def _inert(count: int, like: SoftTargets) -> SoftTargets:
-    """Rows whose KL is finite and multiplied by alpha = 0: all teacher mass in the tail, or no draw at all."""
+    """Rows without targets, whose KL is finite and then multiplied by alpha = 0: all mass in the tail, or no draw."""
     return SoftTargets(
         ids=torch.arange(like.top_k).expand(count, like.top_k),
         logprobs=torch.full((count, like.top_k), float("-inf")),

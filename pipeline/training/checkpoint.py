@@ -45,6 +45,12 @@ from pipeline.training.engine_state import full_parameters
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 WRITING, REMOVING = ".writing-", ".removing-"
+"""How a folder's name begins while it is not complete yet, or no longer."""
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------------
+# Rank 0 writes, but every rank takes part: ZeRO and expert parallelism spread each tensor over the ranks. Tensors are
+# gathered one at a time and written in shards of a bounded size, so no rank ever holds the whole model.
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,8 @@ def save(
     """
     writer = _Writer(root, step) if dist.get_rank() == 0 else None
     for tensors, prefix in ((full_parameters(engine), "model"), (_moments(engine), "optimizer")):
-        for name, tensor in tensors:  # every rank takes part in the gathering, rank 0 writes
+        # Each iteration gathers a tensor, which is collective: no rank may leave this loop early, not even on an error.
+        for name, tensor in tensors:
             if writer:
                 writer.add(prefix, name, tensor)
     if writer:
@@ -103,6 +110,7 @@ def load(engine: Any, root: Path) -> Loaded | None:
     Raises:
         CheckpointError: a file is damaged or missing, or the checkpoint is of another model or optimizer.
     """
+    # Rank 0 alone reads all bytes to check them, and tells the others what it found.
     folder, error = "", None
     if dist.get_rank() == 0:
         try:
@@ -123,6 +131,7 @@ def load(engine: Any, root: Path) -> Loaded | None:
 
 
 def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """(MOMENT/NAME, whole tensor) of the optimizer's state; nothing before its first step. Collective."""
     if engine_state.optimizer_steps(engine) == 0:
         return
     engine_state.link_moments(engine)
@@ -133,6 +142,7 @@ def _moments(engine: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _restore(engine: Any, folder: Path, meta: Mapping[str, Any]) -> None:
+    """Put parameters and moments into the engine. Names and shapes are all checked before the first is written."""
     kind, saved = engine_state.optimizer_kind(engine), meta["optimizer"]
     if saved["kind"] != kind:
         raise CheckpointError(
@@ -147,7 +157,7 @@ def _restore(engine: Any, folder: Path, meta: Mapping[str, Any]) -> None:
         _check_fit(folder, moments, {f"{key}/{slot.name}": slot.shape for slot in trainable for key in keys})
         for slot in slots:
             engine_state.write(engine, slot, parameters[slot.name])
-        if keys:
+        if keys:  # a new optimizer has no moments before its first step: there must be some to write to
             engine_state.create_moments(engine, saved["steps"])
         for slot in trainable:
             for key in keys:
@@ -172,9 +182,15 @@ def _check_fit(folder: Path, tensors: TensorFiles, wanted: Mapping[str, tuple[in
     )
 
 
+# -- writing a folder --------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class _Writer:
-    """Rank 0's side of `save`. Keeps the first error, so that the collectives go on to their end."""
+    """Rank 0's side of `save`: a temporary folder that gets its name when everything in it is on disk.
+
+    An error is kept, not raised: the other ranks are in the middle of gathering tensors and would wait forever.
+    """
 
     root: Path
     step: int
@@ -193,7 +209,8 @@ class _Writer:
 
     def _prepare(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.root.glob(f"{WRITING}*"), *self.root.glob(f"{REMOVING}*")):  # of a run that was killed
+        # The job's lock says that no other run is writing here: such folders are of a run that was killed.
+        for stale in (*self.root.glob(f"{WRITING}*"), *self.root.glob(f"{REMOVING}*")):
             shutil.rmtree(stale)
         self._temp.mkdir()
 
@@ -208,7 +225,7 @@ class _Writer:
             self._flush()
 
     def finish(self, meta: dict[str, Any], arrays: Arrays, template: Template, keep: int) -> None:
-        """Write the rest, make everything durable, switch `latest` over, prune."""
+        """Write the rest, bring everything to disk, let `latest` name the new folder, remove the oldest ones."""
         self._flush()
         self._try(lambda: self._write_rest(meta, arrays, template))
         self._try(self._commit)
@@ -238,6 +255,7 @@ class _Writer:
             sync(self._temp / TEMPLATE)
 
     def _commit(self) -> None:
+        """Manifest, then the folder's name, then the pointer `latest`: each is on disk before the next one begins."""
         (self._temp / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": self._files}, indent=1))
         sync(self._temp / MANIFEST)
         sync(self._temp)
@@ -250,17 +268,22 @@ class _Writer:
         sync(self.root)
 
     def _write(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a file, wait until it is on disk, and note its size and hash for the manifest."""
         write()
         sync(path)
         self._files[path.relative_to(self._temp).as_posix()] = fingerprint(path)
 
     def _try(self, action: Callable[[], object]) -> None:
+        """Do something unless something has failed before."""
         if self.error is not None:
             return
         try:
             action()
         except (OSError, SafetensorError, TypeError, ValueError) as error:
             self.error = f"{self.final}: could not be written: {error}. The previous checkpoint is still valid."
+
+
+# -- names and ranks ---------------------------------------------------------------------------------------------------
 
 
 def _agree(value: str, error: str | None) -> str:
@@ -279,6 +302,7 @@ def _free_name(root: Path, step: int) -> Path:
 
 
 def _prune(root: Path, keep: int) -> None:
+    """Remove the oldest complete checkpoints but for `keep`; never the one that `latest` names."""
     current = latest(root)
     older = [path for path in complete(root) if path != current]
     for path in older[: max(0, len(older) - (keep - 1))]:

@@ -1,6 +1,6 @@
 """The teacher's side of a training job: soft targets, hardness table, weight normalisers, an adaptive release's gap.
 
-It is made from a recipe's files, learns from every step, and is part of the checkpoint.
+It is made from files of the run, takes in what every step measures, and is part of the checkpoint.
 """
 
 from collections.abc import Mapping

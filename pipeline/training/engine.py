@@ -1,9 +1,9 @@
 """A DeepSpeed engine for a job: the MoE layer that it asks for, and gradient clipping that is right for experts.
 
 DeepSpeed (0.19.8 and before) clips wrongly under ZeRO-0 with expert parallelism (DeepSpeed#8475): every rank takes the
-norm of the gradients that it holds, its own experts' among them, and the ranks' norms are then averaged. The
-global norm is another number: the root of the shared parameters' squares and *all* experts' squares. `start` puts
-the right one in its place; ZeRO 1 to 3 compute it themselves.
+norm of the gradients that it holds, its own experts' among them, and the ranks' norms are then averaged. The global
+norm is another number: the root of the sum of the shared parameters' squares and *all* experts' squares. `start`
+replaces DeepSpeed's clipping by one with this norm; ZeRO 1 to 3 compute it themselves.
 """
 
 import contextlib

@@ -1,10 +1,10 @@
 """A DeepSpeed engine's parameters and optimizer moments as whole tensors under their Hugging Face names.
 
-ZeRO cuts every tensor over the ranks, and DeepSpeed's MoE layers rename and split experts. This module undoes both on
-the way out and redoes them on the way in, so that what is stored depends on neither the number of ranks, nor the ZeRO
-stage, nor the kind of MoE layer. Everything that touches DeepSpeed's internals is in the last section, because its
-public `safe_*` functions cannot create optimizer state before the first step, set uneven ZeRO-3 partitions or publish
-masters to the model.
+ZeRO cuts every tensor over the ranks, and DeepSpeed's MoE layers rename and split experts. This module undoes both when
+it reads and does both again when it writes. So what is stored depends neither on the number of ranks, nor on the ZeRO
+stage, nor on the kind of MoE layer. Everything that touches DeepSpeed's internals is in the last section: its public
+`safe_*` functions can neither create optimizer state before the first step, nor set ZeRO-3 partitions that do not
+divide evenly, nor copy the fp32 masters into the model's weights.
 
 Works for ZeRO stages 0 to 3, fp32 or bf16 weights, frozen parameters, torch's AdamW and SGD without momentum.
 Optimizer state offloaded to NVMe is not supported.
@@ -24,6 +24,9 @@ from pipeline.models.native_moe import NativeMoe
 
 MOMENTS: dict[str, tuple[str, ...]] = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ()}
 """Tensors that each optimizer keeps per parameter, besides the parameter itself."""
+
+
+# -- names: one Hugging Face tensor, and the parameters that hold it ---------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ def _native_slot(prefix: str, layer: NativeMoe, inner: str, parameter: nn.Parame
     expert = re.fullmatch(r"moe\.deepspeed_moe\.experts\.deepspeed_experts\.(\d+)\.(\w+)\.weight", inner)
     if expert is None:
         return [Slot(f"{prefix}.{inner}", (parameter,))]
-    if expert[1] != "0":
+    if expert[1] != "0":  # the first expert's slot holds all of them
         return []
     return [Slot(f"{prefix}.experts.{expert[2]}", layer.expert_weights(expert[2]), layer, stacked=True)]
 
@@ -96,12 +99,17 @@ def _autoep_slot(prefix: str, layer: Any, inner: str, parameter: nn.Parameter) -
         return [Slot(f"{prefix}.experts.gate_up_proj", (parameter, layer.experts.w3), layer)]
     if inner == "experts.w2":
         return [Slot(f"{prefix}.experts.down_proj", (parameter,), layer)]
-    if inner == "experts.w3":
+    if inner == "experts.w3":  # is in w1's slot
         return []
     for theirs, name in _RENAMED.items():
         if inner.startswith(theirs):
             inner = name + inner.removeprefix(theirs)
     return [Slot(f"{prefix}.{inner}", (parameter,))]
+
+
+# -- whole tensors, out and in -----------------------------------------------------------------------------------------
+# Reading joins ZeRO's partitions to this rank's own tensor, and then the experts of all ranks of a layer to one tensor.
+# Writing cuts in the opposite order.
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def read(engine: Any, slot: Slot, moment: str | None = None) -> Tensor:
 @torch.no_grad()
 def write(engine: Any, slot: Slot, whole: Tensor, moment: str | None = None) -> None:
     """Put a whole tensor back where `read` found it. Call `publish` after the last one."""
-    if slot.layer is not None:
+    if slot.layer is not None:  # every rank reads the whole tensor from disk and keeps its own experts
         experts = slot.layer.num_local_experts
         whole = whole.narrow(0, slot.layer.ep_rank * experts, experts)
     for part, piece in zip(slot.parts, _split(slot, whole), strict=True):
@@ -156,7 +164,9 @@ def optimizer_steps(engine: Any) -> float:
     return steps.pop() if steps else 0.0
 
 
-# --- DeepSpeed's internals (0.19.8) -----------------------------------------------------------------------
+# -- DeepSpeed's internals (0.19.8) ------------------------------------------------------------------------------------
+# The optimizer's state is keyed by what it updates: the parameters themselves in stage 0, this rank's flat fp32
+# partitions in stages 1 to 3. Attributes that a stage lacks tell the stages apart.
 
 
 def create_moments(engine: Any, steps: float) -> None:
@@ -174,10 +184,10 @@ def create_moments(engine: Any, steps: float) -> None:
 
 
 def link_moments(engine: Any) -> None:
-    """Let DeepSpeed's `safe_*` functions find the moments. Call before reading or writing them; idempotent.
+    """Let DeepSpeed's `safe_*` functions find the moments. Call before reading or writing them, as often as you like.
 
-    DeepSpeed links all parameter groups right after the first group's first step, when the later groups (the
-    experts) have no state yet, and so never finds theirs.
+    DeepSpeed links all parameter groups once, right after the first group's first step. The later groups, which are the
+    experts', have no state at that moment, so theirs would never be found.
     """
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
@@ -189,7 +199,7 @@ def publish(engine: Any) -> None:
     optimizer = engine.optimizer
     if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2
         optimizer.update_lp_params()
-    elif hasattr(optimizer, "fp16_groups"):  # stage 3
+    elif hasattr(optimizer, "fp16_groups"):  # stage 3; the name is the same for bf16 and fp32 weights
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # Small parameters stay gathered between steps: refresh those copies as a step would.
@@ -227,14 +237,15 @@ def _read_local(engine: Any, parameter: nn.Parameter, moment: str | None) -> Ten
     """This rank's experts, or the whole tensor, gathered over ZeRO's partitions."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    # Stages 1 to 3 keep an fp32 master of what is trained. Stage 0, and frozen parameters, have the weight alone.
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
         whole = (
             safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
         )
         return torch.as_tensor(whole).reshape(_whole_shape(parameter))
-    if moment is not None:
+    if moment is not None:  # stage 0
         return torch.as_tensor(_base_optimizer(engine).state[parameter][moment])
-    if hasattr(parameter, "ds_id"):
+    if hasattr(parameter, "ds_id"):  # frozen under stage 3: partitioned, and without a master
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -243,6 +254,7 @@ def _read_local(engine: Any, parameter: nn.Parameter, moment: str | None) -> Ten
 
 
 def _write_local(engine: Any, parameter: nn.Parameter, whole: Tensor, moment: str | None) -> None:
+    """Inverse of `_read_local`: the master if there is one, else the weight, or one of the moments."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     if hasattr(parameter, "ds_id"):
@@ -263,6 +275,7 @@ def _write_partition(engine: Any, parameter: Any, whole: Tensor, moment: str | N
     """ZeRO-3: this rank's padded share. `safe_set_full_*` refuses tensors that the ranks do not divide."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
+    # The last rank's share is padded to the size of the others.
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
     flat = whole.flatten()[rank * size : (rank + 1) * size]
     share = torch.nn.functional.pad(flat, (0, size - flat.numel())).to(parameter.ds_tensor.device)

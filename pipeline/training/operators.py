@@ -1,9 +1,9 @@
 """Operators that DeepSpeed compiles when they are first used: where they are kept, and who compiles them.
 
-Torch keeps all operators of a user in one folder, where two environments compile them again for each other, over and
-over: each has other include paths. And it guards a compilation with a file that only its maker removes: after a kill
-every later process waits for it, for ever. So each environment has a folder of its own here, and the lock goes with
-the process that holds it.
+Torch keeps all operators of a user in one folder. Two environments have different include paths, so there each of them
+compiles the operators again after the other. Torch guards a compilation with a file that only its maker removes: if
+that process is killed, every later process waits forever. So here each environment has a folder of its own, and a lock
+ends with the process that holds it.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from typing import IO
 from pipeline.errors import UserError
 
 FOLDER_VARIABLE = "TORCH_EXTENSIONS_DIR"
-"""Torch's own: who sets it chooses the folder."""
+"""Torch's variable for the folder; if the user has set it, it stays."""
 FIRST_WORD_S, WORD_EVERY_S = 10.0, 60.0
-"""When a process that waits says so, and how often again."""
+"""After how many seconds a waiting process prints a line, and how often it repeats it."""
 MOST_S = 1800.0
 """Longest wait: half an hour, several times what an operator takes to compile."""
 
@@ -38,9 +38,9 @@ def own_folder() -> Path:
 
 
 def prepare() -> None:
-    """Before an operator is loaded: this environment's folder, unless the user chose one, and locks that cannot stay.
+    """Set this environment's folder, unless the user chose one, and locks that end with their process.
 
-    Where the folder cannot be made (a read-only home), torch chooses its own.
+    Call it before an operator is loaded. If the folder cannot be made (a read-only home), torch chooses its own.
     """
     from torch.utils import cpp_extension  # here, so that `own_folder` costs no torch
 
@@ -58,8 +58,9 @@ def prepare() -> None:
 class Baton:
     """The lock on one operator's folder, in the place of torch's `FileBaton`.
 
-    The kernel's lock on a file that stays; it is let go when its process ends, in whatever way. Torch's own file is
-    made as well, for programs that know only that one; one that is left over, with no process behind it, is removed.
+    It is a kernel lock on a file that is never removed; the kernel releases it when its process ends in any way.
+    Torch's own lock file is made as well, for programs that know that one alone. One that is left over, with no process
+    behind it, is removed.
     """
 
     def __init__(self, lock_file_path: str, wait_seconds: float = 0.1, warn_after_seconds: int | None = None) -> None:
@@ -71,9 +72,9 @@ class Baton:
         self._torch_lock: int | None = None
 
     def try_acquire(self) -> bool:
-        """Wait for the lock. Always True: who comes second finds the operator compiled, and torch sees that itself.
+        """Wait for the lock. Always True: torch then compiles, and finds nothing to do if another process has done it.
 
-        Torch's way, to wait and then take it for compiled, fails when the process that was waited for was killed.
+        Torch itself would only wait, and then take the operator for compiled. That is wrong after the other was killed.
 
         Raises:
             UserError: another process holds it for MOST_S.
@@ -100,14 +101,14 @@ class Baton:
         raise AssertionError("try_acquire waits itself")
 
     def release(self) -> None:
-        """Let the next one have it."""
+        """Give the lock to the next process."""
         assert self._held is not None and self._torch_lock is not None
         self.torch_lock.unlink(missing_ok=True)
         os.close(self._torch_lock)
         self._held.close()
 
     def _take(self) -> str | None:
-        """None once both locks are ours; else who has one."""
+        """None once both locks are ours; else the process that has one of them."""
         assert self._held is not None
         try:
             fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +132,7 @@ class Baton:
 
 
 def process_at_work(lock: Path) -> str | None:
-    """The process of this machine that holds torch's lock file open, or a ninja that outlived the one which did."""
+    """A process of this machine that has torch's lock file open, or a ninja that goes on after such a process ended."""
     wanted, folder = os.path.realpath(lock), os.path.realpath(lock.parent)
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's

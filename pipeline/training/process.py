@@ -1,4 +1,4 @@
-"""A training process among others: its signals, its group of ranks, and the lock that keeps a job to one run."""
+"""A training process: its signals, its group of ranks, and the lock that keeps a job from running twice at once."""
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ from pipeline.training import operators
 LOCK_WAIT_S, OTHER_JOB_WAIT_S = 60.0, 5.0
 TIMEOUT_VARIABLE = "CLKD_COLLECTIVE_TIMEOUT_S"
 TIMEOUT_S = 1800
-"""Seconds a rank waits for the others: longer than rank 0 writes the final model while they wait."""
+"""Seconds a rank waits for the others: more than rank 0 takes to write the final model, for which they wait."""
 VERSIONS_OF = ("torch", "deepspeed", "transformers")
 _NO_CONTACT = re.compile(r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|peer|unreachable", re.I)
 
@@ -46,7 +46,11 @@ class StopFlag:
 
 @contextlib.contextmanager
 def only_one(job_dir: Path, rank: int) -> Iterator[None]:
-    """Hold the job's lock on rank 0; a run that is just ending gets a minute to let go."""
+    """Hold the job's lock on rank 0 while the context is open; wait a minute for a run that is just ending.
+
+    Raises:
+        UserError: another run of this job goes on; names its process.
+    """
     if rank:
         yield
         return
@@ -77,13 +81,13 @@ def _lock(file: IO[str], job_dir: Path) -> None:
 
 
 def _patience_s(holder: str) -> float:
-    """How long to wait for a lock that `holder` says who has: a run that is just ending lets go."""
+    """Seconds to wait for the lock, by who holds it, as written in the lock file."""
     ours = _slurm_job()
     if not ours or ", Slurm job " not in holder:
         return LOCK_WAIT_S
-    if not holder.endswith(ours):  # jobs do not overlap unless somebody sent two
+    if not holder.endswith(ours):  # another Slurm job: somebody submitted two, and waiting does not help
         return OTHER_JOB_WAIT_S
-    # A rank 0 that a cut cable keeps from its own requeued job notices when its collectives time out.
+    # This job's own earlier start, on a node that lost the network: it ends when its collectives time out.
     return LOCK_WAIT_S + collective_timeout().total_seconds()
 
 
@@ -146,7 +150,7 @@ def _no_rendezvous(error: dist.DistError, timeout: timedelta) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on all ranks, and the node that says so."""
+    """Versions that must be the same on all ranks, and the name of this rank's node, for the message."""
     code = xxhash.xxh3_64()
     for path in sorted(PACKAGE.rglob("*.py")):
         code.update(path.read_bytes())
@@ -174,7 +178,7 @@ def refuse_other_versions(everywhere: Sequence[Mapping[str, str]]) -> None:
 
 @contextlib.contextmanager
 def contact() -> Iterator[None]:
-    """LostContactError in place of the backend's own when a rank no longer reaches another one."""
+    """Turn the backend's errors into LostContactError when a rank no longer reaches another one."""
     try:
         yield
     except RuntimeError as error:

@@ -26,6 +26,8 @@ from pipeline.models import router
 from pipeline.recipe import FeatureConfig, JobConfig
 from pipeline.training.batches import MicroBatch
 
+# -- what a step sums --------------------------------------------------------------------------------------------------
+
 
 @dataclass
 class StepStats:
@@ -67,9 +69,15 @@ class StepStats:
         return filled[:, 0].astype(np.int64), filled[:, 1].astype(np.float32)
 
 
+# -- the step ----------------------------------------------------------------------------------------------------------
+# Every loss is a sum divided by a count over the global batch, never a mean of means: with uneven micro-batches that
+# would change the gradient's direction. DeepSpeed averages gradients over ranks and accumulation steps, so the loss is
+# multiplied by both before its backward.
+
+
 @dataclass(frozen=True, slots=True)
 class StepContext:
-    """What a step needs besides its batches. `gradient_scale` undoes DeepSpeed's averaging (ranks, accumulation)."""
+    """What a step needs besides its batches."""
 
     engine: Any
     head: FusedHead
@@ -99,6 +107,7 @@ class StepContext:
 
     @property
     def gradient_scale(self) -> float:
+        """Undoes DeepSpeed's averaging over ranks and accumulation steps."""
         return float(dist.get_world_size() * self.engine.gradient_accumulation_steps())
 
 
@@ -110,6 +119,7 @@ def run_step(context: StepContext, micro_batches: Sequence[MicroBatch], *, stop:
     """
     stats = StepStats()
     device = context.engine.device
+    # The counts first: each micro-batch's loss is divided by those of the whole global batch.
     counts = [sum(len(m.labels_N) for m in micro_batches), sum(m.features.count for m in micro_batches if m.features)]
     total = torch.tensor(counts, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -128,7 +138,7 @@ def run_step(context: StepContext, micro_batches: Sequence[MicroBatch], *, stop:
 def _forward(
     context: StepContext, micro: MicroBatch, num_tokens: float, num_features: float, stats: StepStats
 ) -> Tensor:
-    """This rank's share of the global loss: summed over ranks and micro-batches it is METHOD section 7's L."""
+    """This micro-batch's share of the global loss: summed over ranks and micro-batches it is METHOD section 7's L."""
     with _hidden_states(context) as states:
         terms = _head_loss(context, micro)
     loss = terms.loss_sum / num_tokens
@@ -151,7 +161,11 @@ def _forward(
     return loss
 
 
+# -- terms of the loss -------------------------------------------------------------------------------------------------
+
+
 def _head_loss(context: StepContext, micro: MicroBatch) -> DistillationTerms:
+    """Cross-entropy and KL. The engine's forward runs in here: its LM head computes them in the place of logits."""
     distill = context.job.distill
     return context.head.loss(
         partial(context.engine, **micro.inputs, logits_to_keep=micro.keep, use_cache=False),
@@ -176,7 +190,7 @@ def _hidden_states(context: StepContext) -> contextlib.AbstractContextManager[Hi
 
 
 def _feature_terms(context: StepContext, hidden_BSD: Tensor, micro: MicroBatch, stats: StepStats) -> FeatureTerms:
-    """The feature term. W runs on every rank in every micro-step, on no rows if need be: ZeRO reduces its gradient."""
+    """The feature term. W runs on every rank in every micro-step, also on no rows: ZeRO waits for its gradient."""
     targets = micro.features
     assert targets is not None, "the job has features, the micro-batch has no sketches"
     mapped_JR = mapped(context.engine.module, gather(hidden_BSD, targets.places))
@@ -212,6 +226,7 @@ def _measure_hardness(
     stats: StepStats,
 ) -> None:
     """Token and instance hardness of the samples that the teacher still teaches: no extra forward."""
+    # Zeros first: all ranks must have the same keys when they sum, whether they distil anything in this step or not.
     stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weighted=0, plain=0)
     parts = []
     if terms.kl_N is not None and terms.hardness_N is not None:
@@ -225,6 +240,7 @@ def _measure_hardness(
         parts.append(_pooled(context, micro, features.distance_J, sample_J, alpha_B))
     if not parts:
         return
+    # Mean over the granularities (tokens, features) that still teach a sample; none: NaN, and no score.
     scores_B = torch.stack(parts).nanmean(0)
     on_B = scores_B.isfinite()
     stats.index.append(torch.from_numpy(micro.request.index_B)[on_B])

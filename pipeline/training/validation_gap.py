@@ -68,7 +68,7 @@ class GapProbe:
         share = share[: -(-len(samples) // dist.get_world_size())]
         cuts = [share[i : i + micro_batch_size] for i in range(0, len(share), micro_batch_size)]
         requests = [Request(cut % len(samples), np.ones(len(cut), np.float32)) for cut in cuts]
-        # Beyond the end samples come again, to fill up; they do not count.
+        # Ranks with a sample less than others repeat one, so that all join every collective; it does not count.
         self._counted = [torch.from_numpy(cut < len(samples)) for cut in cuts]
         batches = MicroBatches(samples, processor, store, requests, None)
         self._parts = [_without_targets(batches[i]) for i in range(len(requests))]
@@ -76,8 +76,8 @@ class GapProbe:
     def measure(self, engine: Any, head: FusedHead) -> float:
         """Mean over all answer tokens of CE_student - CE_teacher in nats, at the targets' temperature. Collective.
 
-        Sums are taken sample by sample and in one order, so the gap depends on the split into ranks and micro-batches
-        only by the rounding of the forward itself.
+        Sums are taken sample by sample and always in one order. So the gap depends on the split into ranks and
+        micro-batches only as far as the forward itself rounds differently.
         """
         sums_2M = torch.zeros(2, self.num_samples, dtype=torch.float64)
         engine.eval()
@@ -91,7 +91,7 @@ class GapProbe:
                     sums_2M[:, micro.request.index_B[position]] = torch.tensor([own_N.sum(), len(own_N)])
         engine.train()
         sums_2M = sums_2M.to(engine.device)
-        dist.all_reduce(sums_2M)  # of zeros and one number each: exact
+        dist.all_reduce(sums_2M)  # exact: of each sample one rank has the sum, and the others 0
         gap, tokens = sums_2M.cpu().numpy().sum(axis=1)
         return float(gap / tokens)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import pipeline
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import from_logits
 from pipeline.targets.store import write_targets
 from tests.helpers.paths import ROOT
@@ -80,7 +80,7 @@ def make_store(folder) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     identity = {"codec": "packed", "top_k": VOCAB - 1, "bits": 8, "vocab_size": VOCAB, "temperature": TEMPERATURE}
     labels = {sample_id: torch.randint(VOCAB, (tokens,)) for sample_id, tokens in ANSWERS.items()}
-    writer = RecordWriter(folder, identity)
+    writer = StoreWriter(folder, identity)
     (shard,) = writer.plan(list(ANSWERS), 8, "of the test")
     kept = [(i, from_logits(3 * torch.randn(len(y), VOCAB), y, VOCAB - 1, TEMPERATURE)) for i, y in labels.items()]
     write_targets(writer, shard, kept)

@@ -27,7 +27,7 @@ from pipeline.data.shipping import loaded
 from pipeline.errors import run_main
 from pipeline.evaluation import results
 from pipeline.targets.codecs import CODECS, Spec, identity_of
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import SoftTargets, from_logits
 from pipeline.targets.store import SoftTargetStore
 from tools.bench.store import VOCAB, repeated, synthetic
@@ -58,7 +58,7 @@ def make_store(folder: Path, shards: int, samples: int, tokens: int) -> None:
     lengths = [rng.randint(tokens // 2, tokens + tokens // 2) for _ in range(_DISTINCT)]
     encoded = [(length, encode(repeated(targets, length, VOCAB), SPEC)) for length in lengths]
     sample_ids = [f"{number:032x}" for number in range(shards * samples)]  # as long as a content hash
-    writer = RecordWriter(folder, identity_of("packed", SPEC))
+    writer = StoreWriter(folder, identity_of("packed", SPEC))
     planned = writer.plan(sample_ids, samples, "of a benchmark")
     for shard, ids in tqdm(planned.items(), desc="write", unit="shard", disable=None):
         writer.write_shard(shard, [(sample_id, *rng.choice(encoded)) for sample_id in ids], "targets")
@@ -108,7 +108,7 @@ def seconds(work: Callable[[], object]) -> float:
 def measure(folder: Path, repeats: int) -> dict[str, object]:
     """The figures by the names in MEANING; every way of reading once in each repeat, after one to warm up."""
     store = SoftTargetStore.open(folder, None)
-    size, samples = sum(record.rec_end - record.rec_begin for record in store.records), len(store)
+    size, samples = sum(record.rec_end - record.rec_begin for record in store.commits), len(store)
     files = [name for name in store.folder.names() if name.endswith(".safetensors")]
     ways: dict[str, Callable[[list[list[str]]], object]] = {
         "sequential": lambda batches: read_files(store, files),
@@ -132,7 +132,7 @@ def measure(folder: Path, repeats: int) -> dict[str, object]:
             f"{name}_vs_sequential": medians["sequential"] / median,
             f"{name}_spread": spread(taken[name][1:]),
         }
-    rows = sum(record.rows for record in store.records)
+    rows = sum(record.rows for record in store.commits)
     return figures | {"samples": samples, "shards": len(files), "mb": size / 1e6, "tokens_a_sample": rows / samples}
 
 

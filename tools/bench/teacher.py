@@ -35,12 +35,13 @@ from pipeline.errors import run_main
 from pipeline.evaluation import results
 from pipeline.models.loading import batch_attention, load_model
 from pipeline.recipe import Recipe
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.identity import expected_identity
 from pipeline.targets.soft_targets import SoftTargets
 from pipeline.targets.store import write_targets
+from pipeline.teacher.encoding import WINDOW_BATCHES, EncodedWindows, Window
 from pipeline.teacher.forward import batch_outputs
-from pipeline.teacher.stage import WINDOW_BATCHES, EncodedWindows, Window, run_pass
+from pipeline.teacher.stage import run_pass
 from tools.bench.runs import Figures, make_model, make_run, ratios, rotated, table
 
 LABELS = {
@@ -111,7 +112,7 @@ def run_targets(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store:
 
 def run_stored(recipe: Recipe, model: PreTrainedModel, encoded: Encoded, store: Path) -> Timing:
     """Forward, soft targets and their commit by a thread, until all is on disk."""
-    writer = RecordWriter(store, expected_identity(recipe, encoded.processor))
+    writer = StoreWriter(store, expected_identity(recipe, encoded.processor))
 
     def work() -> None:
         with ThreadPoolExecutor(1) as pool:

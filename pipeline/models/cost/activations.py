@@ -1,7 +1,8 @@
 """Bytes that the forward pass keeps for the backward pass on one rank. Arithmetic only.
 
 Counts the tensors that autograd saves in transformers' Qwen3-VL (dense and MoE) and in DeepSpeed's expert-parallel
-layer, one term a tensor, tensors that several operations save once [ours; tests count them in a real forward].
+layer: one term for each tensor, also where several operations save the same one [ours; tests count them in a real
+forward].
 
 Shapes: T positions of the padded micro-batch (B sequences of S), D width, A query heads x head width, F width of an
 MLP or expert, K experts a token, M = K T pairs of token and expert, P patches of the images, N answer tokens,

@@ -25,6 +25,7 @@ class Forward:
 
     @property
     def total(self) -> int:
+        """Operations of the whole forward."""
         return self.attention + self.mlp + self.vision + self.head
 
 

@@ -1,10 +1,10 @@
-"""Bytes of a training run's state on one rank: weights, gradients, optimizer, communication buffers. Arithmetic only.
+"""Bytes of a training job's state on one rank: weights, gradients, optimizer, communication buffers. Arithmetic only.
 
 Follows what DeepSpeed 0.19 allocates for each ZeRO stage [published: ZeRO, arXiv:1910.02054; its partitions and
-buffers as found in DeepSpeed's code, and measured by the tests]. Experts are split over the E ranks of an
-expert-parallel group first; what is left of them is replicated on D / E of the D ranks, and only over those ZeRO can
-partition it. Below P is a parameter's elements on a rank before ZeRO, R the ranks that hold it (D, experts D / E), b
-bytes of a weight (bf16 2, float32 4), m moments of the optimizer (AdamW 2, SGD 0).
+buffers as found in DeepSpeed's code, and measured by the tests]. Experts are split first, over the E ranks of an
+expert-parallel group. Each rank's experts are then held by D / E of the D ranks, and ZeRO can partition them over those
+alone. Below, P is a parameter's elements on a rank before ZeRO, R the ranks that hold it (D; of experts D / E), b the
+bytes of a weight (bf16 2, float32 4), m the moments of the optimizer (AdamW 2, SGD 0).
 
 | stage | weights | gradients at their largest | master weights and moments |
 |---|---|---|---|
@@ -26,7 +26,7 @@ from pipeline.models.cost.activations import Kept
 MASTER_BYTES = 4
 """Master weights and moments are float32."""
 ALIGNMENT = 2
-"""ZeRO-1 and 2 pad a group of parameters to a multiple of this, times the ranks."""
+"""ZeRO-1 and 2 pad a group of parameters to a multiple of this times the ranks."""
 BUCKET, PERSISTENT, LIVE = 500_000_000, 100_000, 1_000_000_000
 """DeepSpeed's defaults, in elements: `reduce_bucket_size` and two thresholds of ZeRO-3."""
 
@@ -42,7 +42,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """How a run is spread over ranks, in DeepSpeed's terms."""
+    """How a job is spread over ranks, in DeepSpeed's terms."""
 
     ranks: int
     stage: int = 0
@@ -111,10 +111,10 @@ class State:
 
 
 def peaks(state: State, spread: Spread, kept: Kept) -> dict[str, int]:
-    """Bytes in use when most are, by moment of a step.
+    """Bytes in use at the moments of a step that may be the largest.
 
-    `forward`: at its end. `backward`: at its start, activations are all there, or at its end, gradients are all there.
-    `step`: the optimizer's, one group of parameters after the other.
+    `forward`: at its end. `backward`: at its start, when all activations are there, or at its end, when all gradients
+    are. `step`: of the optimizer, which takes one group of parameters after the other.
     """
     resident = state.weights + state.optimizer + state.gathered
     accumulated = state.gradients if spread.accumulation_steps > 1 or spread.stage == 3 else 0

@@ -1,7 +1,7 @@
 """Folders that hold a store: on a local (or network) file system, or in an object store named by an fsspec URL.
 
-Both give what commits need: a file appears whole or not at all, and one of several processes can be the one that
-creates it. Locally a write is also durable (fsync); an object store promises that by itself.
+Both give what commits need. A file appears whole or not at all. When several processes create one file, exactly one of
+them succeeds. A file that was written survives a power cut: locally by fsync, in an object store by its own promise.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ class Folder(Protocol):
         """Bytes [begin, end) as far as they are there. Raises OSError."""
 
     def write(self, name: str, raw: bytes) -> None:
-        """Create or replace a file: after a crash it is as before, or whole. Raises OSError.
+        """Create or replace a file: after a crash it is either as before or whole. Raises OSError.
 
-        FileNotFoundError means that another process wrote the same file at the same time, and did.
+        FileNotFoundError means that another process wrote the same file at the same time, and that one is there now.
         """
 
     def create(self, name: str, raw: bytes) -> bool:
@@ -49,7 +49,7 @@ class Folder(Protocol):
         """Make the age 0. Nothing happens when the file is missing."""
 
     def tidy(self, names: Collection[str]) -> None:
-        """Remove what killed writers of these files left. The files must be whole, or not wanted any more."""
+        """Remove temporary files of killed writers of these files. Nobody may be writing the files now."""
 
 
 def folder_at(url: str | Path) -> Folder:
@@ -101,7 +101,7 @@ class LocalFolder:
         try:
             with replacing(self.path / name, exclusive=True) as temporary:
                 temporary.write_bytes(raw)
-        except (FileExistsError, FileNotFoundError):  # the latter: whoever created it cleared our temporary
+        except (FileExistsError, FileNotFoundError):  # the latter: the process that created it removed our temporary
             return False
         return True
 
@@ -168,7 +168,7 @@ class ObjectFolder:
         return True
 
     def remove(self, name: str) -> bool:
-        if self._info(name) is None:  # S3 deletes what is not there without a word
+        if self._info(name) is None:  # S3 does not say whether there was anything to delete
             return False
         with self._opened() as (fs, path), contextlib.suppress(FileNotFoundError):
             fs.rm_file(f"{path}/{name}")

@@ -1,8 +1,9 @@
-"""Who is working on which shard: lease files, so that any number of workers may come, go and be killed.
+"""Who is working on which shard: lease files, so that workers may be started, stopped and killed at any time.
 
-A lease only saves work; no number depends on it. After a wrong guess about a dead worker (clocks that differ, a stalled
-file system) two workers may write one shard: one of them may then stop with an error, and if their machines round
-differently the shard may not match its record. The store's checks find that, and the next run writes the shard again.
+A lease only saves work; no number depends on it. A worker may be taken for dead by mistake (clocks that differ, a
+stalled file system), and then two workers write one shard. One of them may stop with an error, and if their machines
+round differently the shard may not match its commit. The store's checks find that, and the next run writes the shard
+again.
 """
 
 import json
@@ -46,7 +47,7 @@ class ShardLeases:
         """Take a shard; False when a living worker has it."""
         name, mine = lease_name(shard), json.dumps(_me()).encode()
         free = self._folder.create(name, mine)
-        # Of several claimants of an abandoned one, one removes it and one creates the next.
+        # Several workers may claim an abandoned lease at once. Removing and creating it each succeed for one of them.
         if not free and not (self._abandoned(name) and self._folder.remove(name) and self._folder.create(name, mine)):
             return False
         with self._lock:
@@ -63,7 +64,7 @@ class ShardLeases:
     def _abandoned(self, name: str) -> bool:
         age = self._folder.age(name)
         if age is None:
-            return False  # just given back: the next pass over the shards finds it
+            return False  # given back a moment ago: left to the next run of the stage
         holder = _read(self._folder, name)
         here = holder.get("host") == _me()["host"] and isinstance(holder.get("pid"), int)
         return age > self._lease_s or (here and not _alive(holder["pid"]))
@@ -73,7 +74,7 @@ class ShardLeases:
             with self._lock:
                 held = list(self._held)
             for name in held:
-                self._folder.touch(name)  # gone when another worker thought us dead, see above
+                self._folder.touch(name)  # does nothing if another worker took this one for dead and removed it
 
 
 def lease_name(shard: int) -> str:
@@ -82,7 +83,7 @@ def lease_name(shard: int) -> str:
 
 
 def clear_leases(folder: Folder, committed: Iterable[int]) -> None:
-    """Remove what a worker left that was killed between committing a shard and giving it back."""
+    """Remove leases on committed shards: their workers were killed before they could give them back."""
     names = {lease_name(shard) for shard in committed}
     for name in names.intersection(folder.names()):
         folder.remove(name)
@@ -96,7 +97,7 @@ def _me() -> dict[str, Any]:
 def _read(folder: Folder, name: str) -> dict[str, Any]:
     try:
         content = json.loads(folder.read(name))
-    except (OSError, ValueError):  # not ours, or gone: its age decides
+    except (OSError, ValueError):  # cannot be read: then only its age tells whether its worker is alive
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -1,14 +1,15 @@
-"""One shard of a store: a safetensors file, and the commit record that makes it count.
+"""One shard of a store: a safetensors file of each kind, and the commit that makes the file count.
 
-The file holds flat tensors: `rec` u8 (the encoded samples, one behind the other), `off` i64[samples + 1] (where each
-begins in `rec`), `rows` i64[samples], `crc32c` u32[samples], `sample_id` u8 (UTF-8, one id a line). The record, a
-small JSON file written last, holds sizes, counts and hashes. A shard without a record does not exist. Bytes outside
-`rec` are hashed when a shard is opened, `rec` carries one crc32c a sample: no number is returned before its bytes were
-checked. What belongs to the same samples but is read apart has a file and a record of its own `kind`.
+The file holds flat tensors: `rec` u8 (the records, one behind the other), `off` i64[samples + 1] (where each begins in
+`rec`), `rows` i64[samples], `crc32c` u32[samples], `sample_id` u8 (UTF-8, one id a line). The commit, a small JSON file
+written last, holds sizes, counts and hashes. A shard without a commit does not exist. Bytes outside `rec` are hashed
+when a shard is opened, `rec` carries one crc32c a record: no number is returned before its bytes were checked. What
+belongs to the same samples but is read apart is another kind, with a file and a commit of its own.
 """
 
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,21 +21,23 @@ from safetensors.numpy import save
 
 from pipeline.errors import StoreError
 from pipeline.targets.container.folders import Folder
+from pipeline.targets.container.sealed import DamagedError, sealed_json, unsealed_json
 
 FORMAT_VERSION = 3
 
 Bytes = NDArray[np.uint8]
 Kind = Literal["targets", "sketches"]
 """Soft targets (one row per answer token), or feature sketches (one row per image cell and answer token)."""
+_OPENERS = 16
+"""Shards opened at the same time: an object store answers slowly, but many at once."""
 
 
-class ShardDamagedError(StoreError):
-    """A committed shard, or its record, is not what was written."""
+# -- what a shard is ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommitRecord:
-    """What a shard file must look like. Written after the shard is safely on disk."""
+class Commit:
+    """What a shard's file must look like. Written after the file is safely on disk."""
 
     format_version: int
     kind: Kind
@@ -45,7 +48,7 @@ class CommitRecord:
     samples: int
     rows: int
     bytes: int
-    """Size of the shard file."""
+    """Size of the file."""
     rec_begin: int
     """File position of the records."""
     rec_end: int
@@ -57,10 +60,10 @@ class CommitRecord:
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """Where the samples of one shard are. Checked against the commit record."""
+    """Where the records of one shard are. Checked against the commit."""
 
     folder: Folder
-    record: CommitRecord
+    commit: Commit
     sample_ids: tuple[str, ...]
     offsets: NDArray[np.int64]
     """i64[samples + 1], positions in `rec`."""
@@ -70,17 +73,17 @@ class ShardIndex:
     """u32[samples]"""
 
     def read(self, place: int) -> tuple[Bytes, int]:
-        """Bytes u8 of one sample, and its rows.
+        """The record of the sample at a place: its bytes u8, and its rows.
 
         Raises:
-            ShardDamagedError: the bytes in the store do not match their checksum.
+            DamagedError: the bytes in the store do not match their checksum.
         """
         first, last = int(self.offsets[place]), int(self.offsets[place + 1])
-        begin, name = self.record.rec_begin, shard_name(self.record.shard, self.record.kind)
+        begin, name = self.commit.rec_begin, shard_name(self.commit.shard, self.commit.kind)
         raw = _read(self.folder, name, begin + first, begin + last)
         if len(raw) != last - first or crc32c.crc32c(raw) != int(self.crcs[place]):
             sample_id = self.sample_ids[place]
-            raise ShardDamagedError(f"{self.folder}/{name}: sample {sample_id} does not match its checksum")
+            raise DamagedError(f"{self.folder}/{name}: sample {sample_id} does not match its checksum")
         # frombuffer is read-only, and torch wants memory that it may write to.
         return np.frombuffer(bytearray(raw), np.uint8), int(self.rows[place])
 
@@ -90,21 +93,24 @@ def shard_name(shard: int, kind: Kind) -> str:
     return f"shard-{shard:05d}.{kind}.safetensors"
 
 
-def record_name(shard: int, kind: Kind) -> str:
-    """Commit record of a shard."""
+def commit_name(shard: int, kind: Kind) -> str:
+    """Commit of a shard."""
     return f"shard-{shard:05d}.{kind}.json"
 
 
-def recorded_shards(folder: Folder, kind: Kind) -> list[int]:
-    """Numbers of the shards that have a commit record, ascending."""
+def committed_shards(folder: Folder, kind: Kind) -> list[int]:
+    """Numbers of the shards that have a commit, ascending."""
     ending = f".{kind}.json"
     names = [n for n in folder.names() if n.startswith("shard-") and n.endswith(ending)]
     return sorted(int(name.removeprefix("shard-").removesuffix(ending)) for name in names)
 
 
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
 def write_shard(
     folder: Folder, shard: int, kind: Kind, samples: Sequence[tuple[str, int, Bytes]], identity: str
-) -> CommitRecord:
+) -> Commit:
     """Write and commit one shard. Killed at any moment it leaves either no shard or the whole of it.
 
     Args:
@@ -116,7 +122,7 @@ def write_shard(
     """
     raw = _shard_bytes(samples)
     begin, end = _rec_span(raw)
-    record = CommitRecord(
+    commit = Commit(
         format_version=FORMAT_VERSION,
         kind=kind,
         shard=shard,
@@ -129,92 +135,101 @@ def write_shard(
         index_xxh3_64=xxhash.xxh3_64_hexdigest(raw[:begin] + raw[end:]),
         xxh3_128=xxhash.xxh3_128_hexdigest(raw),
     )
+    # The file first, and the commit only when it is safely there: a shard counts by its commit.
     try:
         folder.write(shard_name(shard, kind), raw)
-        folder.write(record_name(shard, kind), sealed_json(asdict(record)))
+        folder.write(commit_name(shard, kind), sealed_json(asdict(commit)))
     except FileNotFoundError:
         problem = f"{folder}/{shard_name(shard, kind)}: another process writes it too; give each a different --worker"
         raise StoreError(problem) from None
-    return record
+    return commit
 
 
-def open_shard(folder: Folder, shard: int, kind: Kind) -> ShardIndex:
-    """Read a shard's index, checking its record, the file's size and every byte outside the records.
+# -- opening and checking ----------------------------------------------------------------------------------------------
+# Opening reads the index alone, a small part of the file. A record's bytes are checked when it is read.
+
+
+def open_shard(folder: Folder, shard: int, kind: Kind, identity: str) -> ShardIndex:
+    """Read a shard's index, checking its commit, the file's size and every byte outside the records.
 
     Raises:
-        ShardDamagedError: any of these is missing or not as written.
+        DamagedError: any of these is missing or not as written.
     """
-    record, name = read_record(folder, shard, kind), shard_name(shard, kind)
+    commit, name = read_commit(folder, shard, kind, identity), shard_name(shard, kind)
     path, size = f"{folder}/{name}", folder.size(name)
     if size is None:
-        raise ShardDamagedError(f"{path}: missing, but its commit record promises {record.samples} samples")
-    if size != record.bytes:
-        raise ShardDamagedError(f"{path}: {size} bytes, but its commit record says {record.bytes}")
-    index = _read(folder, name, 0, record.rec_begin) + _read(folder, name, record.rec_end, size)
-    if xxhash.xxh3_64_hexdigest(index) != record.index_xxh3_64:
-        raise ShardDamagedError(f"{path}: the index does not match the hash in its commit record")
-    tensors = _index_tensors(index, record)
-    ids = tensors["sample_id"].tobytes().decode().split("\n") if record.samples else []
+        raise DamagedError(f"{path}: missing, but its commit promises {commit.samples} samples")
+    if size != commit.bytes:
+        raise DamagedError(f"{path}: {size} bytes, but its commit says {commit.bytes}")
+    index = _read(folder, name, 0, commit.rec_begin) + _read(folder, name, commit.rec_end, size)
+    if xxhash.xxh3_64_hexdigest(index) != commit.index_xxh3_64:
+        raise DamagedError(f"{path}: the index does not match the hash in its commit")
+    tensors = _index_tensors(index, commit)
+    ids = tensors["sample_id"].tobytes().decode().split("\n") if commit.samples else []
     offsets, rows, crcs = tensors["off"].view("<i8"), tensors["rows"].view("<i8"), tensors["crc32c"].view("<u4")
-    return ShardIndex(folder, record, tuple(ids), offsets, rows, crcs)
+    return ShardIndex(folder, commit, tuple(ids), offsets, rows, crcs)
 
 
-def check_shard(folder: Folder, shard: int, kind: Kind) -> CommitRecord:
-    """Read every byte of a shard and compare it with its record.
+def open_shards(folder: Folder, kind: Kind, identity: str) -> tuple[dict[int, ShardIndex], list[str]]:
+    """(whole shards by number, one line per damaged one) of all committed shards of a kind.
+
+    Args:
+        identity: digest of the store's identity, which every commit must carry.
+    """
+
+    def opened(number: int) -> ShardIndex | str:
+        try:
+            return open_shard(folder, number, kind, identity)
+        except DamagedError as error:
+            return str(error)
+
+    shards: dict[int, ShardIndex] = {}
+    problems = []
+    numbers = committed_shards(folder, kind)
+    with ThreadPoolExecutor(_OPENERS) as pool:
+        for number, found in zip(numbers, pool.map(opened, numbers), strict=True):
+            if isinstance(found, str):
+                problems.append(found)
+            else:
+                shards[number] = found
+    return shards, problems
+
+
+def check_shard(folder: Folder, shard: int, kind: Kind, identity: str) -> Commit:
+    """Read every byte of a shard and compare it with its commit.
 
     Raises:
-        ShardDamagedError: a difference.
+        DamagedError: a difference.
     """
-    index, name = open_shard(folder, shard, kind), shard_name(shard, kind)
-    if xxhash.xxh3_128_hexdigest(_read(folder, name, 0, index.record.bytes)) != index.record.xxh3_128:
-        raise ShardDamagedError(f"{folder}/{name}: the file does not match the hash in its commit record")
+    index, name = open_shard(folder, shard, kind, identity), shard_name(shard, kind)
+    if xxhash.xxh3_128_hexdigest(_read(folder, name, 0, index.commit.bytes)) != index.commit.xxh3_128:
+        raise DamagedError(f"{folder}/{name}: the file does not match the hash in its commit")
     for place in range(len(index.sample_ids)):
         index.read(place)
-    return index.record
+    return index.commit
 
 
-def read_record(folder: Folder, shard: int, kind: Kind) -> CommitRecord:
-    """A shard's commit record.
+def read_commit(folder: Folder, shard: int, kind: Kind, identity: str) -> Commit:
+    """A shard's commit.
 
     Raises:
-        ShardDamagedError: the record is not as written, or describes another shard or format.
+        DamagedError: it is not as written, or of another shard, format or identity.
     """
-    path, content = f"{folder}/{record_name(shard, kind)}", unsealed_json(folder, record_name(shard, kind))
+    path, content = f"{folder}/{commit_name(shard, kind)}", unsealed_json(folder, commit_name(shard, kind))
     if content.get("format_version") != FORMAT_VERSION:
-        raise ShardDamagedError(
-            f"{path}: format version {content.get('format_version')}, this code reads {FORMAT_VERSION}"
-        )
+        raise DamagedError(f"{path}: format version {content.get('format_version')}, this code reads {FORMAT_VERSION}")
     try:
-        record = CommitRecord(**content)
+        commit = Commit(**content)
     except TypeError as error:
-        raise ShardDamagedError(f"{path}: not a commit record of this version: {error}") from None
-    if (record.shard, record.kind) != (shard, kind):
-        raise ShardDamagedError(f"{path}: describes shard {record.shard}, {record.kind}")
-    return record
+        raise DamagedError(f"{path}: not a commit of this version: {error}") from None
+    if (commit.shard, commit.kind) != (shard, kind):
+        raise DamagedError(f"{path}: describes shard {commit.shard}, {commit.kind}")
+    if commit.identity != identity:
+        raise DamagedError(f"{path}: was made for another identity than the store's manifest says")
+    return commit
 
 
-def sealed_json(content: dict[str, Any]) -> bytes:
-    """Canonical JSON with a hash of itself: any flipped bit shows."""
-    seal = xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True))
-    return (json.dumps({**content, "seal": seal}, sort_keys=True, indent=1) + "\n").encode()
-
-
-def unsealed_json(folder: Folder, name: str) -> dict[str, Any]:
-    """The content of a file written as `sealed_json`.
-
-    Raises:
-        ShardDamagedError: it is missing, or one bit of it changed.
-    """
-    try:
-        raw = folder.read(name)
-        content = dict(json.loads(raw))
-    except (OSError, ValueError, TypeError) as error:
-        raise ShardDamagedError(f"{folder}/{name}: cannot be read: {error}") from None
-    content.pop("seal", None)
-    # Compared as bytes: white space, key order and number format are sealed too.
-    if sealed_json(content) != raw:
-        raise ShardDamagedError(f"{folder}/{name}: does not match its own seal")
-    return content
+# -- the file's bytes --------------------------------------------------------------------------------------------------
 
 
 def _shard_bytes(samples: Sequence[tuple[str, int, Bytes]]) -> bytes:
@@ -244,14 +259,14 @@ def _rec_span(raw: bytes) -> tuple[int, int]:
     return data + begin, data + end
 
 
-def _index_tensors(index: bytes, record: CommitRecord) -> dict[str, Bytes]:
+def _index_tensors(index: bytes, commit: Commit) -> dict[str, Bytes]:
     """Raw bytes of the small tensors, from the file's bytes with the records cut out."""
     header, data = _header(index)
-    cut = record.rec_end - record.rec_begin
+    cut = commit.rec_end - commit.rec_begin
     tensors: dict[str, Bytes] = {}
     for name in ("off", "rows", "crc32c", "sample_id"):
         begin, end = (data + offset for offset in header[name]["data_offsets"])
-        shift = cut if begin >= record.rec_end else 0
+        shift = cut if begin >= commit.rec_end else 0
         tensors[name] = np.frombuffer(index[begin - shift : end - shift], np.uint8)
     return tensors
 
@@ -260,4 +275,4 @@ def _read(folder: Folder, name: str, begin: int, end: int) -> bytes:
     try:
         return folder.read(name, begin, end)
     except OSError as error:
-        raise ShardDamagedError(f"{folder}/{name}: cannot be read: {error}") from None
+        raise DamagedError(f"{folder}/{name}: cannot be read: {error}") from None

@@ -23,7 +23,7 @@ from pipeline.method import features
 from pipeline.method.hardness import HardnessTable
 from pipeline.models import loading
 from pipeline.recipe import HardnessConfig, load_recipe
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.identity import dataset_fingerprint, expected_identity
 from pipeline.targets.soft_targets import from_logits
 from pipeline.targets.store import write_targets
@@ -163,7 +163,7 @@ def constructed(run, tmp_path_factory):
         if not right:
             row[gold] = -12.0
         logits[sample_id][token] = row
-    writer = RecordWriter(recipe.store_url, expected_identity(recipe, processor))
+    writer = StoreWriter(recipe.store_url, expected_identity(recipe, processor))
     for shard, ids in writer.plan(list(golds), 10, dataset_fingerprint(samples)).items():
         write_targets(writer, shard, [(i, from_logits(logits[i], golds[i], TOP_K, 1.0)) for i in ids])
     return copy, rare, wrong

@@ -16,7 +16,7 @@ from pipeline.method.losses import distillation_loss, feature_loss
 from pipeline.models import checkpoint_folder
 from pipeline.recipe import load_recipe
 from pipeline.targets import sketches
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.sketches import Sketch, SketchStore
 from pipeline.targets.soft_targets import from_logits
 from pipeline.targets.store import SoftTargetStore, write_targets
@@ -88,7 +88,7 @@ def teacher_sketch(member: Any) -> Sketch:
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[SoftTargetStore, SketchStore]:
     root = tmp_path_factory.mktemp("store")
-    writer = RecordWriter(root, IDENTITY)
+    writer = StoreWriter(root, IDENTITY)
     made = [(m.sample_id, teacher_sketch(m)) for m in ALL]
     rows = [(i, len(s.cells_CR) + len(s.tokens_TR), sketches.encode(s)) for i, s in made]
     writer.write_shard(0, rows, "sketches")

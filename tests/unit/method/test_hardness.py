@@ -9,7 +9,7 @@ from pipeline.hardness.stage import describe, prior_table
 from pipeline.method.hardness import HardnessTable, decay
 from pipeline.method.pooling import instance_scores, teacher_prior
 from pipeline.recipe import HardnessConfig
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import from_logits
 from pipeline.targets.store import SoftTargetStore, write_targets
 
@@ -316,7 +316,7 @@ def make_samples(num_samples=20):
 def write_store(root, samples, doubt):
     """A store in which the later samples make the teacher doubt `doubt` times as much."""
     identity = {"codec": "packed", "bits": 7, "top_k": 4, "vocab_size": 30, "doubt": doubt}
-    writer = RecordWriter(root, identity)
+    writer = StoreWriter(root, identity)
     targets = [(s.sample_id, soft_targets(20.0 / (1 + doubt * i), "best")) for i, s in enumerate(samples)]
     write_targets(writer, 0, targets)
     return SoftTargetStore.open(root, None)

@@ -9,8 +9,10 @@ from safetensors.torch import load_file
 from pipeline.cli import main as clkd
 from pipeline.errors import StoreError
 from pipeline.targets.container.folders import LocalFolder
-from pipeline.targets.container.records import RecordWriter, damaged_shards
-from pipeline.targets.container.shards import ShardDamagedError, record_name, sealed_json, shard_name, unsealed_json
+from pipeline.targets.container.reader import damaged_shards
+from pipeline.targets.container.sealed import DamagedError, sealed_json, unsealed_json
+from pipeline.targets.container.shards import commit_name, shard_name
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import concatenate
 from pipeline.targets.store import SoftTargetStore, write_targets
 from tests.unit.targets.test_codecs import roundtrip
@@ -45,12 +47,12 @@ def shard_path(root, shard):
 
 
 def record_path(root, shard):
-    return root / record_name(shard, "targets")
+    return root / commit_name(shard, "targets")
 
 
 def open_writer(root, **changes):
     """A writer with the samples planned as `LENGTHS` says."""
-    writer = RecordWriter(root, IDENTITY | changes)
+    writer = StoreWriter(root, IDENTITY | changes)
     assert writer.plan(list(SAMPLES), 3, "of the tests") == {n: [i for i, _ in shard_samples(n)] for n in range(3)}
     return writer
 
@@ -153,12 +155,12 @@ def flip(path, bit):
 
 
 def test_a_damaged_record_stops_only_its_own_sample(root):
-    record = SoftTargetStore.open(root, IDENTITY).records[0]
+    record = SoftTargetStore.open(root, IDENTITY).commits[0]
     flip(shard_path(root, 0), 8 * record.rec_begin)
     store = SoftTargetStore.open(root, IDENTITY)
     assert len(store.read("id-0-1")) == 1
     with pytest.raises(
-        ShardDamagedError, match=r"shard-00000\.targets\.safetensors: sample id-0-0 .*verify RECIPE.yaml --discard"
+        DamagedError, match=r"shard-00000\.targets\.safetensors: sample id-0-0 .*verify RECIPE.yaml --discard"
     ):
         store.read("id-0-0")
 
@@ -169,7 +171,7 @@ def test_a_truncated_shard_is_refused_at_open(root, keep):
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        ShardDamagedError, match=rf"shard-00001\.targets\.safetensors: {keep % size} bytes, .* says {size}"
+        DamagedError, match=rf"shard-00001\.targets\.safetensors: {keep % size} bytes, .* says {size}"
     ) as caught:
         SoftTargetStore.open(root, IDENTITY)
     assert "clkd teacher" in str(caught.value)
@@ -177,14 +179,14 @@ def test_a_truncated_shard_is_refused_at_open(root, keep):
 
 def test_a_missing_shard_is_refused_at_open(root):
     shard_path(root, 2).unlink()
-    with pytest.raises(ShardDamagedError, match=r"shard-00002\.targets\.safetensors: missing, .* promises 1 samples"):
+    with pytest.raises(DamagedError, match=r"shard-00002\.targets\.safetensors: missing, .* promises 1 samples"):
         SoftTargetStore.open(root, IDENTITY)
 
 
 def test_a_shard_that_vanishes_after_opening_is_an_error(root):
     store = SoftTargetStore.open(root, IDENTITY)
     shard_path(root, 0).unlink()
-    with pytest.raises(ShardDamagedError, match="cannot be read"):
+    with pytest.raises(DamagedError, match="cannot be read"):
         store.read("id-0-0")
 
 
@@ -192,7 +194,7 @@ def test_a_shard_that_vanishes_after_opening_is_an_error(root):
 def test_all_damaged_shards_are_named_together(root, record):
     shard_path(root, 0).unlink()
     record_path(root, 2).write_text(record)
-    with pytest.raises(ShardDamagedError, match=r"(?s)2 damaged shard.*shard-00000.*shard-00002"):
+    with pytest.raises(DamagedError, match=r"(?s)2 damaged shard.*shard-00000.*shard-00002"):
         SoftTargetStore.open(root, IDENTITY)
 
 
@@ -201,7 +203,7 @@ def test_exchanged_records_are_seen(root):
     raw = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(raw)
-    with pytest.raises(ShardDamagedError, match="describes shard 1, targets"):
+    with pytest.raises(DamagedError, match="describes shard 1, targets"):
         SoftTargetStore.open(root, IDENTITY)
 
 
@@ -209,13 +211,13 @@ def test_a_shard_of_another_store_is_seen(root, tmp_path):
     write_targets(open_writer(tmp_path / "other", teacher_weights="cc33"), 0, shard_samples(0))
     for path in (shard_path, record_path):
         shutil.copy(path(tmp_path / "other", 0), path(root, 0))
-    with pytest.raises(ShardDamagedError, match="another identity"):
+    with pytest.raises(DamagedError, match="another identity"):
         SoftTargetStore.open(root, IDENTITY)
 
 
 def test_verify_sees_a_file_that_no_checksum_of_a_sample_covers(root):
     """A shard rewritten whole, with its index hash but not its file hash mended."""
-    content = unsealed_json(LocalFolder(root), record_name(0, "targets"))
+    content = unsealed_json(LocalFolder(root), commit_name(0, "targets"))
     record_path(root, 0).write_bytes(sealed_json(content | {"xxh3_128": "0" * 32}))
     assert list(damaged_shards(root)) == [(0, "targets")]
 
@@ -290,7 +292,7 @@ def command(root, *arguments):
 def test_verify_and_discard(root, capsys):
     assert command(root, "verify") == 0
     assert "3 shard(s) whole, 0 damaged" in capsys.readouterr().out
-    record = SoftTargetStore.open(root, IDENTITY).records[1]
+    record = SoftTargetStore.open(root, IDENTITY).commits[1]
     flip(shard_path(root, 1), 8 * record.rec_begin + 3)  # a byte that opening does not read
     assert command(root, "verify") == 1
     assert "2 shard(s) whole, 1 damaged" in capsys.readouterr().out
@@ -309,7 +311,7 @@ def test_stats(root, capsys):
 def write_drawn(root):
     samples = [(sample_id, random_draws(len(t), VOCAB, 20, seed=n)) for n, (sample_id, t) in enumerate(SAMPLES.items())]
     identity = {k: v for k, v in IDENTITY.items() if k not in ("top_k", "bits")} | {"codec": "sampled", "draws": 20}
-    writer = RecordWriter(root, identity)
+    writer = StoreWriter(root, identity)
     write_targets(writer, 0, samples[:4])
     write_targets(writer, 1, samples[4:])
     return dict(samples)

@@ -9,8 +9,9 @@ import torch
 from pipeline.errors import StoreError
 from pipeline.targets import sketches
 from pipeline.targets.container.folders import LocalFolder
-from pipeline.targets.container.records import RecordWriter, read_parts
-from pipeline.targets.container.shards import record_name, shard_name
+from pipeline.targets.container.manifest import read_parts
+from pipeline.targets.container.shards import commit_name, shard_name
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.sketches import Sketch, SketchStore
 from pipeline.targets.store import SoftTargetStore, write_targets
 from tests.unit.targets.test_targets import random_targets
@@ -38,7 +39,7 @@ def sketch_of(number):
 
 def write(root):
     """Two parts, four shards, each with both kinds of files."""
-    writer = RecordWriter(root, IDENTITY)
+    writer = StoreWriter(root, IDENTITY)
     writer.plan(SAMPLES[:5], 3, "of the tests")
     for shard, sample_ids in writer.plan(SAMPLES, 3, "of the tests, grown").items():
         numbers = [SAMPLES.index(sample_id) for sample_id in sample_ids]
@@ -140,7 +141,7 @@ def test_missing_files(damaged):
     """One to four at a time, among them a shard together with its record: its samples are missing then."""
     rng, pairs = random.Random(2), []
     for shard in range(4):
-        pairs += [[shard_name(shard, kind), record_name(shard, kind)] for kind in ("targets", "sketches")]
+        pairs += [[shard_name(shard, kind), commit_name(shard, kind)] for kind in ("targets", "sketches")]
     chosen = pairs + [rng.sample(list(damaged.files), rng.randint(1, 4)) for _ in range(42)]
     for names in chosen:
         # The last part alone: the shards still hold its samples, and a plan is made anew.

@@ -13,8 +13,11 @@ from pipeline.cli import main as clkd
 from pipeline.errors import ConfigError, StoreError
 from pipeline.targets import sketches
 from pipeline.targets.container.folders import LocalFolder, folder_at
-from pipeline.targets.container.records import RecordWriter, damaged_shards, read_parts
-from pipeline.targets.container.shards import ShardDamagedError, record_name, shard_name
+from pipeline.targets.container.manifest import read_parts
+from pipeline.targets.container.reader import damaged_shards
+from pipeline.targets.container.sealed import DamagedError
+from pipeline.targets.container.shards import commit_name, shard_name
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.maintenance import merge
 from pipeline.targets.sketches import Sketch, SketchStore
 from pipeline.targets.store import SoftTargetStore, write_targets
@@ -38,7 +41,7 @@ def sketch_of(sample_id):
 
 def fill(url, ids, shard_samples=2, identity=IDENTITY, dataset="first"):
     """Plan and write all that is missing, as the teacher does. The shards written."""
-    writer = RecordWriter(url, identity)
+    writer = StoreWriter(url, identity)
     planned = writer.plan(ids, shard_samples, dataset)
     todo = {n: members for n, members in planned.items() if n not in writer.committed()[0]}
     for shard, members in todo.items():
@@ -65,7 +68,7 @@ def test_more_data_extend_a_store_and_touch_nothing(tmp_path):
 
 
 def test_an_unfinished_part_is_finished_before_more_is_planned(tmp_path):
-    RecordWriter(tmp_path, IDENTITY).plan(IDS[:3], 2, "first")
+    StoreWriter(tmp_path, IDENTITY).plan(IDS[:3], 2, "first")
     assert fill(tmp_path, IDS, shard_samples=3, dataset="second") == [0, 1, 2, 3]
     shards = SoftTargetStore.open(tmp_path, IDENTITY).shard_members
     assert [list(ids) for _, ids in shards] == [IDS[:2], IDS[2:3], IDS[3:6], IDS[6:]]
@@ -74,7 +77,7 @@ def test_an_unfinished_part_is_finished_before_more_is_planned(tmp_path):
 def test_a_shard_whose_data_are_gone_is_planned_anew(tmp_path):
     """Shard 1 holds samples 2 and 3; it is lost, and the data set has sample 2 only."""
     fill(tmp_path, IDS)
-    (tmp_path / record_name(1, "targets")).unlink()
+    (tmp_path / commit_name(1, "targets")).unlink()
     left = [i for i in IDS if i != IDS[3]]
     assert fill(tmp_path, left, dataset="second") == [4]
     store = SoftTargetStore.open(tmp_path, IDENTITY)
@@ -141,17 +144,17 @@ def test_damage_in_an_object_store_is_seen(bucket):
     folder, name = folder_at(url), shard_name(1, "targets")
     whole = folder.read(name)
     folder.write(name, whole[:-1])
-    with pytest.raises(ShardDamagedError, match=f"{url}/{name}: {len(whole) - 1} bytes"):
+    with pytest.raises(DamagedError, match=f"{url}/{name}: {len(whole) - 1} bytes"):
         SoftTargetStore.open(url, IDENTITY)
     begin = (
-        SoftTargetStore.open(f"{bucket}/damage2", None).records[1].rec_begin if fill(f"{bucket}/damage2", IDS) else 0
+        SoftTargetStore.open(f"{bucket}/damage2", None).commits[1].rec_begin if fill(f"{bucket}/damage2", IDS) else 0
     )
     folder.write(name, whole[:begin] + bytes([whole[begin] ^ 4]) + whole[begin + 1 :])
-    with pytest.raises(ShardDamagedError, match=f"sample {IDS[2]} does not match"):
+    with pytest.raises(DamagedError, match=f"sample {IDS[2]} does not match"):
         SoftTargetStore.open(url, IDENTITY).read(IDS[2])
     assert list(damaged_shards(url)) == [(1, "targets")]
     folder.remove(name)
-    with pytest.raises(ShardDamagedError, match="missing"):
+    with pytest.raises(DamagedError, match="missing"):
         SoftTargetStore.open(url, IDENTITY)
 
 
@@ -183,7 +186,7 @@ def test_an_interrupted_merge_goes_on(tmp_path):
     fill(tmp_path / "a", IDS)
     merge(tmp_path / "all", [str(tmp_path / "a")], shard_samples=2)
     whole = contents(tmp_path / "all")
-    (tmp_path / "all" / record_name(2, "targets")).unlink()
+    (tmp_path / "all" / commit_name(2, "targets")).unlink()
     assert merge(tmp_path / "all", [str(tmp_path / "a")], shard_samples=2) == 2
     assert contents(tmp_path / "all") == whole
 
@@ -194,11 +197,11 @@ def test_merge_refuses_another_identity_and_damage(tmp_path):
     with pytest.raises(StoreError, match=r"temperature: store 2\.0, this run 1\.0"):
         merge(tmp_path / "all", [str(tmp_path / "a"), str(tmp_path / "b")], shard_samples=2)
     assert not (tmp_path / "all").exists()
-    record = SoftTargetStore.open(tmp_path / "a", None).records[0]
+    record = SoftTargetStore.open(tmp_path / "a", None).commits[0]
     raw = bytearray((tmp_path / "a" / shard_name(0, "targets")).read_bytes())
     raw[record.rec_begin] ^= 1
     (tmp_path / "a" / shard_name(0, "targets")).write_bytes(raw)
-    with pytest.raises(ShardDamagedError, match="does not match its checksum"):
+    with pytest.raises(DamagedError, match="does not match its checksum"):
         merge(tmp_path / "all", [str(tmp_path / "a")], shard_samples=2)
 
 

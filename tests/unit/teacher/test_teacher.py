@@ -80,7 +80,7 @@ def test_the_stage_stores_every_sample_under_its_id_within_the_codec(finished):
         kl = (head.exp() * (head - got.logprobs)).sum(-1) + tail.exp() * (tail - got.tail_logprob)
         error, tokens = error + kl.sum().item(), tokens + len(gold)
     assert -1e-6 < error / tokens < 5e-5
-    assert sum(record.rows for record in store.records) == tokens
+    assert sum(record.rows for record in store.commits) == tokens
 
 
 def test_sampled_targets_are_draws_from_the_teacher(run, finished, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from pipeline.data.sample import Sample
 from pipeline.errors import StoreError
 from pipeline.method.curriculum import rank_share
-from pipeline.targets.container.records import RecordWriter
+from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.store import SoftTargetStore, write_targets
 from pipeline.training.batches import MODEL_INPUTS, Request, assemble, by_length
 from tests.unit.targets.test_store import IDENTITY, SAMPLES, shard_samples
@@ -19,7 +19,7 @@ IDS = ("id-0-2", "id-0-1", "id-0-0")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("batches")
-    write_targets(RecordWriter(root, IDENTITY), 0, shard_samples(0))
+    write_targets(StoreWriter(root, IDENTITY), 0, shard_samples(0))
     return SoftTargetStore.open(root, IDENTITY)
 
 
@@ -51,7 +51,7 @@ def test_a_released_sample_gets_rows_without_mass(store):
 
 def test_the_store_is_not_read_for_released_samples(tmp_path):
     """With the shards gone, whatever reads them fails."""
-    write_targets(RecordWriter(tmp_path, IDENTITY), 0, shard_samples(0))
+    write_targets(StoreWriter(tmp_path, IDENTITY), 0, shard_samples(0))
     store = SoftTargetStore.open(tmp_path, IDENTITY)
     assert [assembled(store, alpha, (9, 1, 3)).targets_read for alpha in ((1, 1, 1), (0, 0.1, 0))] == [3, 1]
     store = SoftTargetStore.open(tmp_path, IDENTITY)
