@@ -91,21 +91,6 @@ def load_image(sample: Sample, index: int = 0) -> Image.Image:
     return image
 
 
-def require_answers(samples: Sequence[Sample], where: str) -> None:
-    """DataError when a sample has nothing to learn from; names the first few records.
-
-    Args:
-        where: the split and what it is read for, for the message.
-    """
-    empty = [", ".join(filter(None, s.meta.values())) for s in samples if not s.answer.strip()]
-    if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        raise DataError(
-            f"{where}: {len(empty)} of {len(samples)} samples have an empty answer: {'; '.join(empty[:3])}{more}. "
-            "Fill in or remove them. Nothing was started."
-        )
-
-
 def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
     """Red outline around (x, y, w, h), its width 1/100 of the shorter side, at least 2 pixels."""
     x, y, w, h = box

@@ -73,7 +73,14 @@ class DataConfig(Section):
     format: Literal["coda_lm", "chat"] = "coda_lm"
     """Layout on disk: CODA-LM's published folders, or chat JSONL files named `<split>.jsonl`."""
     root: Path | None = None
-    """Data root; images outside it are refused. None: the embedded scenes in `<run.dir>/data`."""
+    """Data root; images outside it are refused, links inside it are followed. None: the embedded scenes in
+    `<run.dir>/data`."""
+    image_roots: tuple[Path, ...] = ()
+    """Other folders that records may name images in, as in `../nuscenes/samples/...`."""
+    bad_samples: Literal["refuse", "skip"] = "refuse"
+    """Broken records: name them all and end, or leave them out; `<index>/<split>/problems.jsonl` lists them."""
+    index: Path | None = None
+    """Folder of the index, a folder a split; runs on the same data may share it. None: `<run.dir>/index`."""
     train_split: str = "Train"
     """Split for training and soft targets."""
     val_split: str = "val"
@@ -524,6 +531,11 @@ class Recipe(Section):
     def data_root(self) -> Path:
         """Root of the data set that is read."""
         return self.data.root or self.run.dir / "data"
+
+    @property
+    def index_dir(self) -> Path:
+        """Folder of the index, one folder in it for each split."""
+        return self.data.index or self.run.dir / "index"
 
     @property
     def processor_dir(self) -> Path:

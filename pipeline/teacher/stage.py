@@ -11,7 +11,7 @@ on after any interruption, and adds the samples that the data set has gained.
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Batch, Processor, collate
-from pipeline.data.readers import read_samples
-from pipeline.data.sample import Sample, require_answers
+from pipeline.data.sample import Sample
+from pipeline.data.splits import open_training_split
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.models.compatibility import check_compatible, check_own_files
@@ -105,17 +106,15 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
         raise ConfigError(f"--worker {worker} must lie in [0, --workers {workers})")
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-    require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
+    samples = open_training_split(recipe)
     writer = RecordWriter(recipe.store_url, expected_identity(recipe, processor))
-    by_id = {sample.sample_id: sample for sample in samples}
     committed, damaged = writer.committed()
-    planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
+    planned = writer.plan(samples.sample_ids, recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
     for problem in damaged:
         print(f"rebuilding: {problem}")
     clear_leases(writer.folder, committed)
     own_first = sorted(planned, key=lambda shard: ((shard - worker) % workers, shard))
-    todo = {shard: [by_id[i] for i in planned[shard]] for shard in own_first if shard not in committed}
+    todo = {n: samples.select(samples.places(planned[n])) for n in own_first if n not in committed}
     skipped = len(planned) - len(todo)
     if not todo:
         return PassSummary(0, skipped, 0, 0, 0, 0, 0, 0.0)
@@ -139,7 +138,7 @@ def _write_shards(
     writer: RecordWriter,
     model: PreTrainedModel,
     processor: Processor,
-    todo: dict[int, list[Sample]],
+    todo: Mapping[int, Sequence[Sample]],
     skipped: int,
 ) -> PassSummary:
     started, records, cut_tokens = time.perf_counter(), [], 0
@@ -161,7 +160,7 @@ def _write_shards(
             return taken
 
         def commit(shard: int, outputs: Outputs) -> CommitRecord:
-            record = _commit(writer, shard, [sample.sample_id for sample in todo[shard]], outputs)
+            record = _commit(writer, shard, sample_ids(todo[shard]), outputs)
             leases.release(shard)
             return record
 
@@ -211,7 +210,7 @@ def _rates(records: Sequence[CommitRecord], seconds: float) -> str:
 
 
 def _encoded_windows(
-    recipe: Recipe, processor: Processor, todo: dict[int, list[Sample]], take: Callable[[int], bool]
+    recipe: Recipe, processor: Processor, todo: Mapping[int, Sequence[Sample]], take: Callable[[int], bool]
 ) -> Iterator[tuple[int, list[Batch]]]:
     """Windows of the shards that `take` allows, in order; it is asked shortly before a shard's first window."""
     size = WINDOW_BATCHES * recipe.targets.batch_size

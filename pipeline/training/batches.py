@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.benchmark.word_alignment import CellWords
+from pipeline.data.index.samples import sizes
 from pipeline.data.processor import Encoded, Processor, collate
 from pipeline.data.sample import Sample
 from pipeline.data.shipping import loaded
@@ -90,9 +91,8 @@ def by_length(samples: Sequence[Sample], index_G: NDArray[np.int64]) -> NDArray[
     Ranks take strides of it, so that a micro-step's samples are alike in length on all ranks: less padding, and less
     waiting for each other. Which samples a step has stays as planned, and the loss is one sum over them.
     """
-    chosen = [samples[i] for i in index_G]
-    characters = [len(sample.prompt) + len(sample.answer) for sample in chosen]
-    return np.lexsort((characters, [len(sample.images) for sample in chosen]))
+    images_G, characters_G = sizes(samples, index_G)
+    return np.lexsort((characters_G, images_G))
 
 
 class MicroBatches(Dataset[MicroBatch]):

@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from pipeline.benchmark.word_alignment import CellWords, VisionProbe
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
-from pipeline.data.sample import require_answers
+from pipeline.data.splits import open_training_split
 from pipeline.errors import UserError
 from pipeline.export import stage as export
 from pipeline.files import differences, listed
@@ -36,7 +35,7 @@ from pipeline.training import checkpoint, engine
 from pipeline.training.batches import MicroBatch, MicroBatches, Request, by_length, iterate
 from pipeline.training.distillation import Distillation
 from pipeline.training.metrics import MetricsLogger
-from pipeline.training.process import StopFlag
+from pipeline.training.process import StopFlag, from_first_rank
 from pipeline.training.step import StepContext, StepStats, run_step
 from pipeline.training.step_metrics import per_token
 
@@ -52,8 +51,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.dir = recipe.job_dir(name)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
-        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-        require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
+        samples = from_first_rank(lambda: open_training_split(recipe))
         self.distillation = Distillation.open(recipe, job, self.processor, samples)
         self.samples = self.distillation.samples if self.distillation else samples
         self.engine = self._engine(ds_json)
