@@ -103,7 +103,8 @@ class ImageHashes:
         Returns:
             Lines for the journal, and what is wrong with those that could not be read.
         """
-        todo = [(path, self._known(path)) for path in dict.fromkeys(paths) if not self._is_fresh(path)]
+        new = {str(path): path for path in paths if not self._is_fresh(path)}  # paths themselves are slow to hash
+        todo = [(path, self._known(path)) for path in new.values()]
         lines, wrong = list[str](), dict[Path, str]()
         for results in pool.map(_examine, _chunks(todo, _CHUNK)):
             for path, result in results:

@@ -4,7 +4,7 @@ A new field of `Sample` is a column in COLUMNS, a value in `row_of` and an argum
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ COLUMNS: Mapping[str, pa.DataType] = {
     "sample_id": pa.binary(16),
     "images": pa.list_(pa.int32()),  # rows of the table of images
     "prompt": _TEXT,
-    "answer": _TEXT,
+    "answer": pa.string(),
     "task": _WORD,
     "slice": _WORD,
     "box": pa.list_(pa.float64()),  # x, y, w, h; empty without one
@@ -37,8 +37,10 @@ COLUMNS: Mapping[str, pa.DataType] = {
 SCHEMA = pa.schema(dict(COLUMNS))
 PLAIN = pa.schema({name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in COLUMNS.items()})
 """The same without dictionaries: what rows are before they are in order."""
-READ = tuple(COLUMNS)[: tuple(COLUMNS).index("characters")]
-"""Columns that a sample is made from; the others are about it."""
+CONTENT = ("sample_id", "images", "prompt", "answer", "task", "slice", "box")
+"""Columns that a sample is made from."""
+ORIGIN = ("file", "line", "meta_names", "meta")
+"""Columns of its `meta`."""
 
 
 class Place:
@@ -71,10 +73,39 @@ def row_of(sample: Sample, image_numbers: Sequence[int], place: Place) -> tuple[
     )
 
 
-def sample_of(row: Mapping[str, Any], images: Iterable[str], place: Place) -> Sample:
-    """The sample of a row, given its images' paths."""
+class Meta(Mapping[str, str]):
+    """A sample's `meta`, read from its row when it is asked for: messages alone need it, and training none of it."""
+
+    __slots__ = ("_read",)
+
+    def __init__(self, read: Callable[[], dict[str, str]]) -> None:
+        self._read = read
+
+    def __getitem__(self, name: str) -> str:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (self._read(),)
+
+
+def meta_of(row: Mapping[str, Any], place: Place) -> dict[str, str]:
+    """The `meta` of a row's ORIGIN."""
     record = str(place.root / row["file"]) + (f":{row['line']}" if row["line"] else "")
     names = row["meta_names"].split(",") if row["meta_names"] else []
+    return {"record": record, **dict(zip(names, row["meta"], strict=True))}
+
+
+def sample_of(row: Mapping[str, Any], images: Iterable[str], meta: Meta, place: Place) -> Sample:
+    """The sample of a row's CONTENT, given its images' paths."""
     return Sample(
         sample_id=row["sample_id"].hex(),
         images=tuple(Path(os.path.join(place.real, path)) for path in images),
@@ -83,7 +114,7 @@ def sample_of(row: Mapping[str, Any], images: Iterable[str], place: Place) -> Sa
         task=row["task"],
         slice=row["slice"],
         box=tuple(row["box"]) or None,
-        meta={"record": record, **dict(zip(names, row["meta"], strict=True))},
+        meta=meta,
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.index.build import About, read_batches
 from pipeline.data.index.images import Stamp, stamp
-from pipeline.data.index.rows import READ, Place, sample_of
+from pipeline.data.index.rows import CONTENT, ORIGIN, Meta, Place, meta_of, sample_of
 from pipeline.data.sample import Sample
 from pipeline.errors import DataError
 
@@ -181,12 +181,13 @@ class Index(Sequence[Sample]):
         return place if self._rows is None else int(self._rows[place])
 
     def _sample(self, columns: Columns, row: int) -> Sample:
-        values = {name: columns[name][row].as_py() for name in READ}
+        values = {name: columns[name][row].as_py() for name in CONTENT}
         paths = []
         for number in values["images"]:
             of_images, place = self._images.at(number)
             paths.append(of_images["path"][place].as_py())
-        return sample_of(values, paths, self._place)
+        origin = Meta(lambda: meta_of({name: columns[name][row].as_py() for name in ORIGIN}, self._place))
+        return sample_of(values, paths, origin, self._place)
 
     def _runs(self) -> Iterator[tuple[Columns, Positions]]:
         """(columns of a batch, rows in it) of all samples, in order, at most _RUN at a time."""

@@ -158,6 +158,7 @@ def test_it_goes_to_other_processes_without_its_samples(run):
     index = open_split(recipe_of(run), "train")
     content = pickle.dumps(index[3:50])
     assert len(content) < 2000
+    assert pickle.loads(pickle.dumps(index[49])) == index[49]
     code = f"import pickle; print(pickle.loads({content!r})[-1].sample_id)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [index[49].sample_id]
