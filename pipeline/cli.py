@@ -36,6 +36,10 @@ class Stage:
 # -- what each stage accepts -------------------------------------------------------------------------------------------
 
 
+def _index(add: Add) -> None:
+    add("--split", action="append", metavar="NAME", help="only this one, in place of the recipe's; may be repeated")
+
+
 def _student(add: Add) -> None:
     add("--model", action="append", required=True, metavar="NAME", help="key of `models`; may be given more than once")
 
@@ -149,6 +153,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 STAGES = {
     "scenes": Stage("embedded benchmark", "draw driving scenes in CODA-LM's layout", "benchmark.scenes"),
     "tokenizer": Stage("embedded benchmark", "train a tokenizer on the corpus", "benchmark.tokenizer"),
+    "index": Stage("stages", "read the data set once: its samples, checked, for every stage", "data.splits", _index),
     "teacher": Stage("stages", "soft targets of the training split, into the store", "teacher.stage", _teacher),
     "hardness": Stage("stages", "the H2G table; score a student; look at it", "hardness.stage", _hardness),
     "student": Stage("stages", "build a model of the recipe: upcycled, or random", "models.student", _student),

@@ -24,9 +24,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample
 from pipeline.data.special_tokens import END_OF_TEXT, MESSAGE_END, SPECIAL_TOKENS
+from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import differences, listed
 from pipeline.recipe import Recipe, VisionSize
@@ -266,6 +266,6 @@ def main(recipe: Recipe, options: object) -> None:
     if recipe.data.processor is not None:
         print(f"tokenizer: the recipe uses {recipe.data.processor}; nothing to train")
         return
-    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+    samples = open_split(recipe, recipe.data.train_split)
     made = write_processor(recipe, samples)
     print(f"tokenizer: {recipe.processor_dir} {'written' if made else 'is up to date'} ({len(samples)} samples)")

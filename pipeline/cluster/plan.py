@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 from pipeline.benchmark import random_models
 from pipeline.cluster.plan_topology import show_topology
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
+from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
 from pipeline.files import write_json
 from pipeline.models import deepspeed_config, families, loading, topology, upcycling
@@ -248,7 +248,7 @@ def count_samples(recipe: Recipe, given: int | None) -> int | None:
     if given is not None:
         return given
     try:
-        return len(read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split))
+        return len(open_split(recipe, recipe.data.train_split))
     except (UserError, OSError):
         return None
 

@@ -7,8 +7,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -42,10 +41,31 @@ class Sample:
     """Where the sample came from, for messages only: `record`, and `field` or `id`."""
 
 
-def content_id(images: tuple[Path, ...], prompt: str, answer: str, task: str, box: Box | None) -> str:
+def content_id(image_hashes: Sequence[str], prompt: str, answer: str, task: str, box: Box | None) -> str:
     """Hash of everything that a model sees or is asked to say: 32 hex digits."""
-    content = [*map(_image_hash, images), prompt, answer, task, list(box) if box else None]
+    content = [*image_hashes, prompt, answer, task, list(box) if box else None]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+def hash_image(path: Path) -> str:
+    """Hash of an image file's bytes: 32 hex digits. DataError when it cannot be read."""
+    try:
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+
+
+def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
+    """A reader's sample with its id. DataError when a text of it cannot be written as UTF-8."""
+    texts = [("image", str(path)) for path in sample.images]
+    texts += [("prompt", sample.prompt), ("answer", sample.answer), ("task", sample.task), ("slice", sample.slice)]
+    for name, text in (*texts, *sample.meta.items()):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
+            raise DataError(f"{sample.meta['record']}: {name} is no valid Unicode: {error}") from None
+    sample_id = content_id(image_hashes, sample.prompt, sample.answer, sample.task, sample.box)
+    return replace(sample, sample_id=sample_id)
 
 
 def load_image(sample: Sample, index: int = 0) -> Image.Image:
@@ -69,29 +89,6 @@ def load_image(sample: Sample, index: int = 0) -> Image.Image:
     if sample.box is not None:
         _draw_box(image, sample.box, path)
     return image
-
-
-def require_answers(samples: Sequence[Sample], where: str) -> None:
-    """DataError when a sample has nothing to learn from; names the first few records.
-
-    Args:
-        where: the split and what it is read for, for the message.
-    """
-    empty = [", ".join(filter(None, s.meta.values())) for s in samples if not s.answer.strip()]
-    if empty:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        raise DataError(
-            f"{where}: {len(empty)} of {len(samples)} samples have an empty answer: {'; '.join(empty[:3])}{more}. "
-            "Fill in or remove them. Nothing was started."
-        )
-
-
-@lru_cache(maxsize=1 << 20)
-def _image_hash(path: Path) -> str:
-    try:
-        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
 
 
 def _draw_box(image: Image.Image, box: Box, path: Path) -> None:

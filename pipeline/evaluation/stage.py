@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from pipeline.benchmark.scoring import score_all
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample
+from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.evaluation import latency, results
 from pipeline.evaluation.generate import answers, open_model
@@ -178,7 +178,7 @@ class Evaluation:
 # -- which samples -----------------------------------------------------------------------------------------------------
 
 
-def questions(recipe: Recipe) -> list[Sample]:
+def questions(recipe: Recipe) -> Sequence[Sample]:
     """The test split, sorted by sample_id: samples with an answer, at most `evaluation.limit` per task and slice.
 
     The first ones by sample_id are taken. Ids are content hashes, so this is a random subset, and always the same.
@@ -187,18 +187,19 @@ def questions(recipe: Recipe) -> list[Sample]:
         DataError: nothing in the split has an answer.
     """
     split, counts = recipe.data.test_split, defaultdict[tuple[str, str], int](int)
-    samples = read_samples(recipe.data.format, recipe.data_root, split)
-    chosen: list[Sample] = []
-    for sample in (s for s in samples if s.answer.strip()):
-        counts[sample.task, sample.slice] += 1
-        if recipe.evaluation.limit is None or counts[sample.task, sample.slice] <= recipe.evaluation.limit:
-            chosen.append(sample)
+    samples = open_split(recipe, split)
+    without_answer, chosen = set(samples.unanswered().tolist()), list[int]()
+    for place, stratum in enumerate(zip(samples.words("task"), samples.words("slice"), strict=True)):
+        if place not in without_answer:
+            counts[stratum] += 1
+            if recipe.evaluation.limit is None or counts[stratum] <= recipe.evaluation.limit:
+                chosen.append(place)
     if not chosen:
         raise DataError(
             f"{recipe.data_root}, split {split!r}: none of its {len(samples)} samples has an answer to compare with. "
             "Let data.test_split name a split with published answers."
         )
-    return chosen
+    return samples.select(chosen)
 
 
 def timed_samples(samples: Sequence[Sample], count: int) -> list[Sample]:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipeline.data.index.samples import sample_ids, words
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.files import replacing, write_text
@@ -44,8 +45,9 @@ PART_SAMPLES = 4096
 
 def prior_table(samples: Sequence[Sample], store: SoftTargetStore, settings: HardnessConfig) -> HardnessTable:
     """The table before training: every sample at its teacher-only prior; strata are the tasks."""
-    prior = [teacher_prior(store.read(s.sample_id), settings) for s in tqdm(samples, desc="hardness", mininterval=1)]
-    return _table(samples, np.array(prior, np.float32))
+    ids = tqdm(sample_ids(samples), desc="hardness", mininterval=1)
+    prior = np.fromiter((teacher_prior(store.read(i), settings) for i in ids), np.float32, len(samples))
+    return _table(samples, prior)
 
 
 def scored_table(scorer: Scorer, samples: Sequence[Sample], path: Path, origin: str) -> HardnessTable:
@@ -70,7 +72,7 @@ def scored_table(scorer: Scorer, samples: Sequence[Sample], path: Path, origin: 
 
 
 def _scores(scorer: Scorer, samples: Sequence[Sample], bar: "tqdm[Never]") -> NDArray[np.float32]:
-    place = {sample.sample_id: i for i, sample in enumerate(samples)}
+    place = {sample_id: i for i, sample_id in enumerate(sample_ids(samples))}
     scores = np.full(len(samples), np.nan, np.float32)
     for sample_id, visit in scorer.visits(samples):
         scores[place[sample_id]] = visit.score
@@ -84,7 +86,7 @@ def _write_part(path: Path, origin: str, scores: NDArray[np.float32]) -> None:
 
 
 def _table(samples: Sequence[Sample], prior: NDArray[np.float32]) -> HardnessTable:
-    return HardnessTable([s.sample_id for s in samples], [s.task for s in samples], prior)
+    return HardnessTable(sample_ids(samples), list(words(samples, "task")), prior)
 
 
 def describe(table: HardnessTable, samples: Sequence[Sample]) -> str:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.data.index.samples import words
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample
+from pipeline.data.splits import open_training_split
 from pipeline.hardness import page as hardness_page
 from pipeline.hardness.page import Card, Group
 from pipeline.hardness.scores import Scorer, Visit
@@ -30,18 +31,18 @@ class Run:
 
     recipe: Recipe
     processor: Processor
-    samples: list[Sample]
+    samples: Sequence[Sample]
     store: SoftTargetStore
     sketches: SketchStore | None
 
     @classmethod
     def open(cls, recipe: Recipe) -> "Run":
         """Raises UserError when the data, the processor or the store is missing, or they do not belong together."""
-        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+        samples = open_training_split(recipe)
         processor = Processor.load(recipe.processor_dir, recipe.data)
         identity = expected_identity(recipe, processor)
         store = SoftTargetStore.open(recipe.store_url, identity)
-        store.require([sample.sample_id for sample in samples], dataset_fingerprint(samples))
+        store.require(samples.sample_ids, dataset_fingerprint(samples))
         sketches = SketchStore.open(recipe.store_url, identity) if recipe.targets.sketches else None
         return cls(recipe, processor, samples, store, sketches)
 
@@ -55,7 +56,7 @@ class Run:
 
 def corner_shares(table: HardnessTable, samples: Sequence[Sample]) -> tuple[float, float] | None:
     """Share of corner cases among all samples and among the hardest tenth of each task; None if there are none."""
-    corner = np.array([s.slice == "corner" for s in samples])
+    corner = np.array([name == "corner" for name in words(samples, "slice")])
     if not corner.any():
         return None
     rank = table.percentile(step=0, half_life_steps=FOREVER)

@@ -14,7 +14,13 @@ class DataConfig(Section):
     format: Literal["coda_lm", "chat"] = "coda_lm"
     """Layout on disk: CODA-LM's published folders, or chat JSONL files named `<split>.jsonl`."""
     root: Path | None = None
-    """Data root; images outside it are refused. Required, unless `benchmark` draws its scenes into `<run.dir>/data`."""
+    """Data root; images outside it are refused, links inside it are followed. Required, unless `benchmark` draws its scenes into `<run.dir>/data`."""
+    image_roots: tuple[Path, ...] = ()
+    """Other folders that records may name images in, as in `../nuscenes/samples/...`."""
+    bad_samples: Literal["refuse", "skip"] = "refuse"
+    """Broken records: name them all and end, or leave them out; `<index>/<split>/problems.jsonl` lists them."""
+    index: Path | None = None
+    """Folder of the index, a folder a split; runs on the same data may share it. None: `<run.dir>/index`."""
     train_split: str = "Train"
     """Split for training and soft targets; CODA-LM's name for it."""
     val_split: str = "val"

@@ -178,6 +178,11 @@ class Recipe(Section):
         )
 
     @property
+    def index_dir(self) -> Path:
+        """Folder of the index, one folder in it for each split."""
+        return self.data.index or self.run.dir / "index"
+
+    @property
     def processor_dir(self) -> Path:
         """Folder of tokenizer and image processor. ConfigError where the recipe names none."""
         if self.data.processor is not None:

@@ -14,8 +14,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.benchmark.scoring import SLICES, TASKS, mentions, score_answer
-from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample, load_image
+from pipeline.data.splits import open_split
 from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 
@@ -150,7 +150,7 @@ def examples(recipe: Recipe, results: Results) -> list[Example]:
         raise Missing("There are no example frames: there is no result table that says whose answers to show.")
     answers = {row.name: _answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
     try:
-        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.test_split)
+        samples = open_split(recipe, recipe.data.test_split)
     except (UserError, OSError, ValueError) as error:
         raise Missing(f"There are no example frames: the test data cannot be read ({error}).") from None
     common = set.intersection(*(set(by_id) for by_id in answers.values()))
@@ -224,10 +224,10 @@ def hardness_columns(path: Path) -> Json:
 def train_slices(recipe: Recipe) -> dict[str, str]:
     """Slice of every training sample by its id. Raises Missing."""
     try:
-        samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+        samples = open_split(recipe, recipe.data.train_split)
     except (UserError, OSError, ValueError) as error:
         raise Missing(f"Corner and regular are not told apart: the training data cannot be read ({error}).") from None
-    return {sample.sample_id: sample.slice for sample in samples}
+    return dict(zip(samples.sample_ids, samples.words("slice"), strict=True))
 
 
 def _answers(path: Path) -> dict[str, Answer]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from pipeline.data.index.samples import Index
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
@@ -39,6 +40,8 @@ def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
 
 def dataset_fingerprint(samples: Sequence[Sample]) -> str:
     """Hash of all sample ids in order, and so of all prompts, answers and images."""
+    if isinstance(samples, Index):
+        return samples.fingerprint
     digest = xxhash.xxh3_128()
     for sample in samples:
         digest.update(f"{sample.sample_id}\n")

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample
+from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
 from pipeline.recipe import Recipe
 from pipeline.targets.container.folders import folder_at
@@ -88,7 +89,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
     targets, processor = store.read(sample_id), Processor.load(recipe.processor_dir, recipe.data)
     what = "most often drawn first, in % of the draws" if targets.sampled else "most probable first, in %"
     print(f"sample {sample_id}: {len(targets)} answer tokens; {what}")
-    sample = {s.sample_id: s for s in _data(recipe)}.get(sample_id)
+    sample = next((s for s in _data(recipe) if s.sample_id == sample_id), None)
     gold = _show_sample(sample, processor) if sample else [""] * len(targets)
     names = processor.tokenizer.convert_ids_to_tokens
     for row in range(len(targets)):
@@ -110,10 +111,10 @@ def _show_sample(sample: Sample, processor: Processor) -> list[str]:
     return list(processor.tokenizer.convert_ids_to_tokens(answer))
 
 
-def _data(recipe: Recipe) -> list[Sample]:
+def _data(recipe: Recipe) -> Sequence[Sample]:
     """The training split; none when it is not on this machine."""
     try:
-        return read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
+        return open_split(recipe, recipe.data.train_split)
     except UserError as error:
         print(f"without the data set: {error}")
         return []
@@ -144,7 +145,7 @@ def _stats(recipe: Recipe, options: argparse.Namespace) -> int:
     _print_histogram(edges.tolist(), histogram / max(tokens, 1))
     data = _data(recipe)
     if data:
-        missing = store.missing([sample.sample_id for sample in data])
+        missing = store.missing(sample_ids(data))
         print(f"coverage               {len(data) - len(missing)} of {len(data)} samples of the training split")
         print(f"beyond it              {len(store) - len(data) + len(missing)} samples")
     return 0

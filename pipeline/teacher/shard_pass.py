@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.recipe import Recipe
@@ -84,7 +85,7 @@ class ShardPass:
 
     def _commit(self, shard: int, outputs: Outputs) -> Commit:
         """Write a shard's files and give its lease back; the soft targets are last, and their commit is returned."""
-        ids = [sample.sample_id for sample in self.todo[shard]]
+        ids = sample_ids(self.todo[shard])
         if "sketches" in self.writer.kinds:
             sketched = [(i, outputs.sketches[i]) for i in ids]
             rows = [(i, len(s.cells_CR) + len(s.tokens_TR), sketches.encode(s)) for i, s in sketched]

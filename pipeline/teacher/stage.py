@@ -16,8 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
-from pipeline.data.sample import require_answers
+from pipeline.data.splits import open_training_split
 from pipeline.errors import ConfigError
 from pipeline.files import write_json
 from pipeline.models.compatibility import check_compatible, check_own_files
@@ -68,17 +67,15 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
         raise ConfigError(f"--worker {worker} must lie in [0, --workers {workers})")
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-    require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
+    samples = open_training_split(recipe)
     writer = StoreWriter(recipe.store_url, expected_identity(recipe, processor))
-    by_id = {sample.sample_id: sample for sample in samples}
     committed, damaged = writer.committed()
-    planned = writer.plan(list(by_id), recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
+    planned = writer.plan(samples.sample_ids, recipe.targets.shard_samples, dataset_fingerprint(samples), committed)
     for problem in damaged:
         print(f"rebuilding: {problem}")
     clear_leases(writer.folder, committed)
     own_first = sorted(planned, key=lambda shard: ((shard - worker) % workers, shard))
-    todo = {shard: [by_id[i] for i in planned[shard]] for shard in own_first if shard not in committed}
+    todo = {n: samples.select(samples.places(planned[n])) for n in own_first if n not in committed}
     skipped = len(planned) - len(todo)
     if not todo:
         return PassSummary(0, skipped, 0, 0, 0, 0, 0, 0.0)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from pipeline.benchmark.word_alignment import CellWords
 from pipeline.data.collate import Encoded, collate
+from pipeline.data.index.samples import sizes
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.data.shipping import loaded
@@ -94,9 +95,8 @@ def by_length(samples: Sequence[Sample], index_G: NDArray[np.int64]) -> NDArray[
     Ranks take strides of it, so the samples of a micro-step have similar lengths on all ranks: less padding, and less
     waiting for each other. A step still has the samples that were planned, and the loss is one sum over them.
     """
-    chosen = [samples[i] for i in index_G]
-    characters = [len(sample.prompt) + len(sample.answer) for sample in chosen]
-    return np.lexsort((characters, [len(sample.images) for sample in chosen]))
+    images_G, characters_G = sizes(samples, index_G)
+    return np.lexsort((characters_G, images_G))
 
 
 # -- building them, in workers -----------------------------------------------------------------------------------------

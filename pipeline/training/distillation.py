@@ -3,12 +3,13 @@
 It is made from files of the run, takes in what every step measures, and is part of the checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
 
+from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
@@ -28,7 +29,7 @@ from pipeline.training.validation_gap import GapProbe, hold_out
 class Distillation:
     """What a job with a teacher or a curriculum has besides its student."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     """Those that the job trains on: all, less what an adaptive release holds out."""
     store: SoftTargetStore
     table: HardnessTable
@@ -43,7 +44,9 @@ class Distillation:
     feature_normaliser: WeightNormaliser
 
     @classmethod
-    def open(cls, recipe: Recipe, job: JobConfig, processor: Processor, samples: list[Sample]) -> "Distillation | None":
+    def open(
+        cls, recipe: Recipe, job: JobConfig, processor: Processor, samples: Sequence[Sample]
+    ) -> "Distillation | None":
         """Everything the job reads from a teacher, checked against its samples; None for plain SFT.
 
         Raises:
@@ -54,7 +57,7 @@ class Distillation:
             return None
         identity = expected_identity(recipe, processor)
         store = SoftTargetStore.open(recipe.store_url, identity)
-        ids = [s.sample_id for s in samples]
+        ids = sample_ids(samples)
         store.require(ids, dataset_fingerprint(samples))
         table = _table(recipe, job, ids)
         sketches = None
@@ -64,7 +67,7 @@ class Distillation:
         probe = None
         if len(Schedules(job).gap_steps()):
             samples, held_out = hold_out(samples, adaptive.samples, recipe.run.seed)
-            table = table.subset([s.sample_id for s in samples])
+            table = table.subset(list(sample_ids(samples)))
             size, temperature = job.batch.micro_size, recipe.targets.temperature
             probe = GapProbe(held_out, processor, store, micro_batch_size=size, temperature=temperature)
         gap = ClosingGap(adaptive.ema)
@@ -102,7 +105,7 @@ class Distillation:
         self.table.load_arrays(arrays)
 
 
-def _table(recipe: Recipe, job: JobConfig, ids: list[str]) -> HardnessTable:
+def _table(recipe: Recipe, job: JobConfig, ids: Sequence[str]) -> HardnessTable:
     path = job.hardness.table or recipe.run.dir / "hardness.parquet"
     table = HardnessTable.load(path)
     if not table.is_of(ids):

@@ -7,12 +7,12 @@ import platform
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, TypeVar, cast
 
 import deepspeed
 import torch.distributed as dist
@@ -29,6 +29,7 @@ TIMEOUT_VARIABLE = "CLKD_COLLECTIVE_TIMEOUT_S"
 TIMEOUT_S = 1800
 """Seconds a rank waits for the others: more than rank 0 takes to write the final model, for which they wait."""
 VERSIONS_OF = ("torch", "deepspeed", "transformers")
+T = TypeVar("T")
 _NO_CONTACT = re.compile(r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|peer|unreachable", re.I)
 
 
@@ -174,6 +175,23 @@ def refuse_other_versions(everywhere: Sequence[Mapping[str, str]]) -> None:
             + "\nPut project and environment on storage that all nodes see (CLKD_HOME, CLKD_VENV), or bring them to "
             "one version. Nothing was started."
         )
+
+
+def from_first_rank(make: Callable[[], T]) -> T:
+    """What rank 0 makes, on every rank; what it refuses, every rank refuses. Collective.
+
+    For what must be the same everywhere and is asked of shared storage once.
+    """
+    outcome: list[T | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return cast(T, outcome[0])
 
 
 @contextlib.contextmanager

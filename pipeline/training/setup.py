@@ -1,5 +1,6 @@
 """What a training job reads, checks and builds before its first step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ import torch.distributed as dist
 
 from pipeline.benchmark.word_alignment import CellWords, VisionProbe
 from pipeline.data.processor import Processor
-from pipeline.data.readers import read_samples
-from pipeline.data.sample import Sample, require_answers
+from pipeline.data.sample import Sample
+from pipeline.data.splits import open_training_split
 from pipeline.export import stage as export
 from pipeline.method import features
 from pipeline.method.fused_head import FusedHead
@@ -25,6 +26,7 @@ from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.training import engine
 from pipeline.training.distillation import Distillation
 from pipeline.training.export_probe import ExportProbe
+from pipeline.training.process import from_first_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Setup:
     """Of the job."""
     job: JobConfig
     processor: Processor
-    samples: list[Sample]
+    samples: Sequence[Sample]
     """Those trained on; the plan's and the table's indices point into them."""
     distillation: Distillation | None
     """None: a job with neither a teacher nor a curriculum."""
@@ -83,8 +85,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         UserError: data, teacher's files, model or settings are missing, broken or do not fit each other.
     """
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
-    require_answers(samples, f"{recipe.data_root}, split {recipe.data.train_split!r}")
+    samples: Sequence[Sample] = from_first_rank(lambda: open_training_split(recipe))
     # An adaptive release holds some samples out.
     distillation = Distillation.open(recipe, job, processor, samples)
     samples = distillation.samples if distillation else samples

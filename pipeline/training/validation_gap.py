@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.data.index.samples import sample_ids, select
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
@@ -26,7 +27,7 @@ from pipeline.targets.store import SoftTargetStore
 from pipeline.training.batches import MicroBatch, MicroBatches, Request
 
 
-def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """(samples to train on, `count` held-out ones), both in the order given; a function of ids and seed alone.
 
     Raises:
@@ -37,9 +38,9 @@ def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[list[Sam
             f"release: adaptive holds out {count} samples, more than half of the {len(samples)} of the training split. "
             "Set distill.adaptive.samples lower. Nothing was started."
         )
-    drawn = heapq.nsmallest(count, samples, key=lambda s: xxhash.xxh3_64_intdigest(f"{seed}\n{s.sample_id}"))
-    held = {sample.sample_id for sample in drawn}
-    return [s for s in samples if s.sample_id not in held], [s for s in samples if s.sample_id in held]
+    keys = (xxhash.xxh3_64_intdigest(f"{seed}\n{sample_id}") for sample_id in sample_ids(samples))
+    held = {place for _, place in heapq.nsmallest(count, zip(keys, range(len(samples)), strict=True))}
+    return select(samples, (i for i in range(len(samples)) if i not in held)), select(samples, sorted(held))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,68 @@
 """Data sets on disk read as samples: a file a data set, and one list of them, READERS.
 
-`sample_id`, a content hash, is the only key that later stages join by. A reader refuses a broken record with its file
-and field named, and takes no image from outside the data root.
+`sample_id`, a content hash, is the only key that later stages join by. A reader names every broken record with file and
+field, and takes images only from where the data set may have them.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.readers.chat import read_chat
-from pipeline.data.readers.coda_lm import read_coda_lm
-from pipeline.data.sample import Sample
+from pipeline.data.readers.chat import chat_files, read_chat
+from pipeline.data.readers.coda_lm import coda_lm_files, read_coda_lm
+from pipeline.data.readers.source import Source
+from pipeline.data.sample import Sample, hash_image, identified
 from pipeline.errors import DataError
 
-READERS: dict[str, Callable[[Path, str], list[Sample]]] = {"coda_lm": read_coda_lm, "chat": read_chat}
-"""By `data.format`: all samples of (data root, split), in any order."""
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How one kind of data set is read."""
+
+    files: Callable[[Path, str], list[Path]]
+    """The annotation files of (data root, split). SplitMissingError when there is no such split."""
+    read: Callable[[Source], Iterator[Sample]]
+    """Its samples in the data set's order, without ids yet; what is broken goes into the source's problems."""
 
 
-def read_samples(format: str, root: Path, split: str) -> list[Sample]:
-    """All samples of a split, ascending by sample_id.
+READERS: dict[str, Reader] = {
+    "coda_lm": Reader(coda_lm_files, read_coda_lm),
+    "chat": Reader(chat_files, read_chat),
+}
+"""By `data.format`."""
+
+
+def reader_of(format: str) -> Reader:
+    """The reader of a `data.format`. DataError when there is none."""
+    if format not in READERS:
+        raise DataError(f"data.format is {format!r}: known are {sorted(READERS)}.")
+    return READERS[format]
+
+
+def read_samples(format: str, root: Path, split: str, image_roots: Sequence[Path] = ()) -> list[Sample]:
+    """All samples of a split, ascending by sample_id, read here and now; of equal ones the first.
+
+    Stages take them from the index, see `data.index`.
 
     Raises:
-        DataError: the split is missing or empty, a record is broken, or two records have the same content.
+        DataError: the split is missing or empty, or records are broken: all of them are named.
     """
-    if format not in READERS:
-        raise DataError(f"data.format is {format!r}: known are {' and '.join(map(repr, READERS))}.")
-    samples = READERS[format](root, split)
-    if not samples:
-        raise DataError(f"{root}, split {split!r}: no samples. Correct data.root or the split's name.")
-    samples.sort(key=lambda s: s.sample_id)
-    for first, second in pairwise(samples):
-        if first.sample_id == second.sample_id:
-            places = " and ".join(", ".join(filter(None, s.meta.values())) for s in (first, second))
-            raise DataError(f"{root}: the same question, answer and image twice: {places}. Remove one.")
-    return samples
+    reader = reader_of(format)
+    source = Source(root, split, reader.files(root, split), image_roots)
+    hashes: dict[Path, str] = {}
+    by_id: dict[str, Sample] = {}
+    for sample in reader.read(source):
+        with source.problems.at(sample.meta["record"], "image"):
+            hashes |= {path: hash_image(path) for path in sample.images if path not in hashes}
+            made = identified(sample, [hashes[path] for path in sample.images])
+            by_id.setdefault(made.sample_id, made)
+    if source.problems:
+        raise source.problems.error(f"{root}, split {split!r}")
+    if not by_id:
+        raise DataError(no_samples(root, split))
+    return [by_id[sample_id] for sample_id in sorted(by_id)]
+
+
+def no_samples(root: Path, split: str) -> str:
+    """What to say of an empty split."""
+    return f"{root}, split {split!r}: no samples. Correct data.root or the split's name."

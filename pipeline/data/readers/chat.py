@@ -1,53 +1,64 @@
 """Chat JSONL: a conversation about one or several images on each line."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers.checked import image_inside, parse_object, read_text
-from pipeline.data.sample import SLICES, TASKS, Sample, content_id
+from pipeline.data.readers.source import Source, SplitMissingError, parse_object
+from pipeline.data.sample import SLICES, TASKS, Sample
 from pipeline.errors import DataError
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def read_chat(root: Path, split: str) -> list[Sample]:
-    """The samples of `<root>/<split>.jsonl`, see read_chat_jsonl."""
-    return read_chat_jsonl(root / f"{split}.jsonl", root)
+def chat_files(root: Path, split: str) -> list[Path]:
+    """`<root>/<split>.jsonl`. SplitMissingError without it."""
+    path = root / f"{split}.jsonl"
+    if not path.is_file():
+        raise SplitMissingError(f"{path}: no such file. Correct data.root or the split's name.")
+    return [path]
 
 
-def read_chat_jsonl(path: Path, root: Path) -> list[Sample]:
+def read_chat(source: Source) -> Iterator[Sample]:
     """Chat JSONL: `{id, image|images, conversations|messages}` a line makes one sample.
 
     The last turn, the assistant's, is the answer; all earlier turns, joined by line breaks, are the prompt.
-
-    Raises:
-        DataError: no such file, or a broken record, named with file, line and field.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Correct data.root or the split's name.")
-    samples = []
-    # Not splitlines(): it also cuts at U+2028 and U+0085, which JSON allows inside strings.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            samples.append(_chat_record(root, f"{path}:{number}", parse_object(line, f"{path}:{number}")))
-    return samples
+    for path in source.files:
+        for where, line in source.lines(path):
+            with source.problems.at(where):
+                yield from _samples(source, where, parse_object(line, where))
 
 
-def _chat_record(root: Path, where: str, record: Mapping[str, Any]) -> Sample:
+def _samples(source: Source, where: str, record: Mapping[str, Any]) -> Iterator[Sample]:
+    """The record's sample; none, and a problem for each part that is broken."""
+    before, at = len(source.problems), source.problems.at
+    with at(where, "conversations"):
+        prompt, answer = _conversation(record, where)
+    with at(where, "image"):
+        images = tuple(source.image(name, where) for name in _image_names(record, where))
+    with at(where, "task"):
+        task = _one_of(record, "task", TASKS, "chat", where)
+    with at(where, "slice"):
+        slice_name = _one_of(record, "slice", SLICES, "unknown", where)
+    if len(source.problems) == before:
+        meta = {"record": where, "id": str(record.get("id", ""))}
+        yield Sample("", images, prompt, answer, task, slice_name, None, meta)
+
+
+def _conversation(record: Mapping[str, Any], where: str) -> tuple[str, str]:
     turns = record.get("conversations") or record.get("messages")
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{where}: needs `conversations` or `messages`, a list of turns")
-    prompt, answer = _exchange([_turn(turn, where) for turn in turns], where)
+    return _exchange([_turn(turn, where) for turn in turns], where)
+
+
+def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
     listed = record.get("images") or record.get("image")
     names = [listed] if isinstance(listed, str) else listed
     if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
         raise DataError(f"{where}: needs `image` (a path) or `images` (a list of paths), got {listed!r}")
-    images = tuple(image_inside(root, root / name, where) for name in names)
-    meta = {"record": where, "id": str(record.get("id", ""))}
-    task = _one_of(record, "task", TASKS, "chat", where)
-    slice_name = _one_of(record, "slice", SLICES, "unknown", where)
-    return Sample(content_id(images, prompt, answer, task, None), images, prompt, answer, task, slice_name, None, meta)
+    return names
 
 
 def _exchange(spoken: Sequence[tuple[str, str]], where: str) -> tuple[str, str]:

@@ -1,12 +1,12 @@
 """CODA-LM in its published layout, with slices.json of ours beside it where there is one."""
 
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers.checked import image_inside, parse_object, read_text
-from pipeline.data.sample import SLICES, Box, Sample, content_id
+from pipeline.data.readers.source import Source, SplitMissingError, parse_object
+from pipeline.data.sample import SLICES, Box, Sample
 from pipeline.errors import DataError
 
 PROMPTS = {
@@ -22,18 +22,28 @@ PROMPTS = {
 """Prompts of CODA-LM's three tasks, in wording close to its own; used where a record has no `question`."""
 
 
-def read_coda_lm(root: Path, split: str) -> list[Sample]:
+SLICE_FILE = "slices.json"
+
+
+def coda_lm_files(root: Path, split: str) -> list[Path]:
+    """`<root>/CODA-LM/<split>/*.json`, and `<root>/slices.json` where there is one. SplitMissingError without them."""
+    folder = _split_folder(root / "CODA-LM", split)
+    records = [folder / entry.name for entry in os.scandir(folder) if entry.name.endswith(".json")]
+    slices = root / SLICE_FILE
+    return [*sorted(records), *([slices] if slices.is_file() else [])]
+
+
+def read_coda_lm(source: Source) -> Iterator[Sample]:
     """CODA-LM: `<root>/CODA-LM/<split>/<folder>_<NNNN>.json` about `<root>/<folder>/images/<NNNN>.jpg`.
 
     Raises:
-        DataError: no such split, or a broken record, named with file and field.
+        DataError: the file of slices is broken.
     """
-    folder = _split_folder(root / "CODA-LM", split)
-    slices = _read_slices(root / "slices.json")
-    samples: list[Sample] = []
-    for path in sorted(folder.glob("*.json")):
-        samples += _coda_record(root, path, slices.get(path.stem, "unknown"))
-    return samples
+    slice_file = source.root / SLICE_FILE
+    has_slices = source.files[-1:] == [slice_file]
+    slices = _read_slices(source, slice_file) if has_slices else {}
+    for path in source.files[: len(source.files) - has_slices]:
+        yield from _samples(source, path, slices.get(path.stem, "unknown"))
 
 
 def _split_folder(parent: Path, split: str) -> Path:
@@ -43,70 +53,72 @@ def _split_folder(parent: Path, split: str) -> Path:
     found = sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
     same = [name for name in found if name.lower() == split.lower()]
     if len(same) != 1:
-        raise DataError(
+        raise SplitMissingError(
             f"{parent / split}: no such split folder; found {found}. Draw or download the data set first, "
             "or correct data.root."
         )
     return parent / same[0]
 
 
-def _read_slices(path: Path) -> dict[str, str]:
-    """Slice of each record by json stem; none without the file."""
-    if not path.is_file():
-        return {}
-    slices = parse_object(read_text(path), str(path))
+def _read_slices(source: Source, path: Path) -> dict[str, str]:
+    """Slice of each record by json stem."""
+    slices = parse_object(source.text(path), str(path))
     for stem, name in slices.items():
         if name not in SLICES:
             raise DataError(f"{path}: {stem}: slice must be one of {SLICES}, got {name!r}")
     return slices
 
 
-def _coda_record(root: Path, path: Path, slice_name: str) -> Iterator[Sample]:
-    record = parse_object(read_text(path), str(path))
-    image = image_inside(root, _coda_image(root, path, record), str(path))
-    make = _Maker(image, slice_name, path)
-    general = _section(record, "general_perception", path)
-    if general:
-        answer = _text(general, "description and explanation", path, "general_perception")
-        yield make("general", "general_perception", general.get("question"), answer)
-    for number, region in sorted(_section(record, "region_perception", path).items()):
-        where = f"region_perception.{number}"
-        if not isinstance(region, dict):
-            raise DataError(f"{path}: {where} must be an object, got {region!r}")
-        answer = _text(region, "description and explanation", path, where)
-        yield make("region", where, region.get("question"), answer, _box(region.get("box"), path, where))
-    if "driving_suggestion" in _spaced(record):
-        answer = _text(record, "driving suggestion", path, "")
-        yield make("suggestion", "driving_suggestion", record.get("driving_suggestion_question"), answer)
+def _samples(source: Source, path: Path, slice_name: str) -> Iterator[Sample]:
+    """The samples of one record; a problem for each part that is broken."""
+    at, record, image = source.problems.at, None, None
+    with at(path):
+        record = parse_object(source.text(path), str(path))
+    if record is None:
+        return
+    with at(path, "image"):
+        image = source.image(_image_name(path, record), str(path))
+    for task, field, section in _sections(source, path, record):
+        with at(path, field):
+            prompt, answer = _question(section, task, path, field), _answer(section, path, field)
+            box = _box(section.get("box"), path, field) if task == "region" else None
+            if image is not None:
+                meta = {"record": str(path), "field": field}
+                yield Sample("", (image,), prompt, answer, task, slice_name, box, meta)
 
 
-@dataclass(frozen=True, slots=True)
-class _Maker:
-    """Makes the samples of one record."""
+def _sections(source: Source, path: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(task, field, content) of the record's parts that make a sample each."""
+    at, record = source.problems.at, _spaced(record)
+    with at(path, "general_perception"):
+        if general := _section(record, "general_perception", path):
+            yield "general", "general_perception", general
+    with at(path, "region_perception"):
+        for number, region in sorted(_section(record, "region_perception", path).items()):
+            field = f"region_perception.{number}"
+            with at(path, field):
+                if not isinstance(region, dict):
+                    raise DataError(f"{path}: {field} must be an object, got {region!r}")
+                yield "region", field, region
+    if "driving_suggestion" in record:
+        suggestion = {"driving suggestion": record["driving_suggestion"]}
+        yield "suggestion", "driving_suggestion", suggestion | {"question": record.get("driving_suggestion_question")}
 
-    image: Path
-    slice_name: str
-    path: Path
 
-    def __call__(self, task: str, where: str, question: Any, answer: str, box: Box | None = None) -> Sample:
-        if question is not None and not isinstance(question, str):
-            raise DataError(f"{self.path}: {where}: the question must be text, got {question!r}")
-        prompt = question or PROMPTS[task]
-        ident = content_id((self.image,), prompt, answer, task, box)
-        meta = {"record": str(self.path), "field": where}
-        return Sample(ident, (self.image,), prompt, answer, task, self.slice_name, box, meta)
-
-
-def _coda_image(root: Path, path: Path, record: Mapping[str, Any]) -> Path:
-    named = record.get("image")
-    if named is not None:
-        if not isinstance(named, str) or not named:
-            raise DataError(f"{path}: image must be a path below the data root, got {named!r}")
-        return root / named
+def _image_name(path: Path, record: Mapping[str, Any]) -> Any:
+    if record.get("image") is not None:
+        return record["image"]
     folder, _, number = path.stem.rpartition("_")
     if not folder:
         raise DataError(f"{path}: named neither `<folder>_<number>.json` nor holding an `image` key")
-    return root / folder / "images" / f"{number}.jpg"
+    return f"{folder}/images/{number}.jpg"
+
+
+def _question(section: Mapping[str, Any], task: str, path: Path, field: str) -> str:
+    question = section.get("question")
+    if question is not None and not isinstance(question, str):
+        raise DataError(f"{path}: {field}: the question must be text, got {question!r}")
+    return question or PROMPTS[task]
 
 
 def _spaced(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,19 +127,20 @@ def _spaced(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(record: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
-    section = _spaced(record).get(name) or {}
+    section = record.get(name) or {}
     if not isinstance(section, dict):
         raise DataError(f"{path}: {name} must be an object, got {type(section).__name__}")
     return section
 
 
-def _text(section: Mapping[str, Any], key: str, path: Path, where: str) -> str:
+def _answer(section: Mapping[str, Any], path: Path, field: str) -> str:
     """An answer; empty where a test split publishes none."""
+    key = "driving suggestion" if field == "driving_suggestion" else "description and explanation"
     value = _spaced(section).get(key.replace(" ", "_"))
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{path}: {where or 'record'}: {key!r} must be text, got {value!r}")
+        raise DataError(f"{path}: {field}: {key!r} must be text, got {value!r}")
     return value.strip()
 
 
