@@ -40,6 +40,20 @@ def _index(add: Add) -> None:
     add("--split", action="append", metavar="NAME", help="only this one, in place of the recipe's; may be repeated")
 
 
+def _init(add: Add) -> None:
+    add("--teacher", type=Path, required=True, metavar="DIR", help="checkpoint folder of the teacher")
+    add("--student", type=Path, required=True, metavar="DIR", help="checkpoint folder that the student starts from")
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    add("--out", type=Path, default=Path("recipe.yaml"), metavar="FILE", help="the recipe to write (recipe.yaml)")
+
+
+def _check(add: Add) -> None:
+    add("--gpus", type=int, default=8, metavar="N", help="ranks of a training job (8)")
+    add("--gpu-mem", type=float, metavar="GIB", help="memory of a GPU in GiB")
+    add("--tflops", type=float, metavar="X", help="10^12 operations a second that a GPU reaches in training")
+    add("--no-images", action="store_true", help="read images' headers only")
+
+
 def _student(add: Add) -> None:
     add("--model", action="append", required=True, metavar="NAME", help="key of `models`; may be given more than once")
 
@@ -151,15 +165,18 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 STAGES = {
-    "scenes": Stage("embedded benchmark", "draw driving scenes in CODA-LM's layout", "benchmark.scenes"),
-    "tokenizer": Stage("embedded benchmark", "train a tokenizer on the corpus", "benchmark.tokenizer"),
-    "index": Stage("stages", "read the data set once: its samples, checked, for every stage", "data.splits", _index),
-    "teacher": Stage("stages", "soft targets of the training split, into the store", "teacher.stage", _teacher),
-    "hardness": Stage("stages", "the H2G table; score a student; look at it", "hardness.stage", _hardness),
-    "student": Stage("stages", "build a model of the recipe: upcycled, or random", "models.student", _student),
-    "train": Stage("stages", "train a job (under deepspeed or torchrun: several ranks)", "training.stage", _train),
-    "evaluate": Stage("stages", "answers, scores and latency of the recipe's models", "evaluation.stage"),
-    "export": Stage(
+    "init": Stage(
+        "start here", "look at models and data, write a recipe that fits", "preparation.init", _init,
+        subject="",
+    ), "check": Stage("start here", "what is wrong or surprising, what it takes, what is next", "preparation.check",
+    _check), "scenes": Stage("embedded benchmark", "draw driving scenes in CODA-LM's layout", "benchmark.scenes"),
+    "tokenizer": Stage("embedded benchmark", "train a tokenizer on the corpus", "benchmark.tokenizer"), "index":
+    Stage("stages", "read the data set once: its samples, checked, for every stage", "data.splits", _index), "teacher":
+    Stage("stages", "soft targets of the training split, into the store", "teacher.stage", _teacher), "hardness":
+    Stage("stages", "the H2G table; score a student; look at it", "hardness.stage", _hardness), "student":
+    Stage("stages", "build a model of the recipe: upcycled, or random", "models.student", _student), "train":
+    Stage("stages", "train a job (under deepspeed or torchrun: several ranks)", "training.stage", _train), "evaluate":
+    Stage("stages", "answers, scores and latency of the recipe's models", "evaluation.stage"), "export": Stage(
         "stages", "a job's newest checkpoint, or CKPT, as a Hugging Face folder", "export.stage", _export,
         subject="RECIPE|CKPT",
     ),
@@ -235,14 +252,15 @@ def _first(words: list[str], command: str) -> str:
 def parser_of(name: str) -> argparse.ArgumentParser:
     """The parser of one stage's words."""
     stage = STAGES[name]
-    ends = "" if stage.subject == "SRC DST" else " [section.key=value ...]"
+    ends = "" if stage.subject in ("", "SRC DST") else " [section.key=value ...]"
     parser = argparse.ArgumentParser(
         prog=f"clkd {name}",
-        usage=f"clkd {name} {stage.subject} [options]{ends}",
+        usage=" ".join(["clkd", name, *filter(None, [stage.subject]), f"[options]{ends}"]),
         description=f"{stage.help[0].upper()}{stage.help[1:]}.",
     )
     stage.arguments(parser.add_argument)
-    parser.add_argument("words", nargs="*", metavar=stage.subject, help=_WORDS[bool(ends)])
+    if stage.subject:
+        parser.add_argument("words", nargs="*", metavar=stage.subject, help=_WORDS[bool(ends)])
     return parser
 
 

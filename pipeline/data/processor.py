@@ -120,6 +120,19 @@ class Processor:
             image_grid_thw=grid_n3,
         )
 
+    def count_text(self, sample: Sample) -> tuple[int, int]:
+        """Tokens of the prompt without its images, and of the answer and its end: what `encode` makes, without images.
+
+        Raises:
+            DataError: empty answer, or special tokens in a text.
+        """
+        if not sample.answer.strip():
+            raise DataError("its answer is empty: there is nothing to learn from it.")
+        for name, text in (("answer", sample.answer), ("prompt", sample.prompt)):
+            _check_text(sample, name, text)
+        answer_ids = self.tokenizer.encode(sample.answer, add_special_tokens=False)
+        return len(self._prompt_ids(sample)) - len(sample.images), len(answer_ids) + 1
+
     def pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches f32[P, C*T*p*p] of the images and their grids i64[n, 3]."""
         features = self.image_processor(images=images, return_tensors="pt")

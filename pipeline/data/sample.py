@@ -91,10 +91,18 @@ def load_image(sample: Sample, index: int = 0) -> Image.Image:
     return image
 
 
+def box_problem(box: Box, size: tuple[int, int]) -> str | None:
+    """What is wrong with a region in an image of (width, height); None if it can be drawn."""
+    x, y, w, h = box
+    if x < size[0] and y < size[1] and x + w > 0 and y + h > 0:
+        return None
+    return f"box {list(box)} lies outside the image of {size[0]} x {size[1]} pixels."
+
+
 def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
     """Red outline around (x, y, w, h), its width 1/100 of the shorter side, at least 2 pixels."""
+    if problem := box_problem(box, image.size):
+        raise DataError(f"{path}: {problem}")
     x, y, w, h = box
-    if x >= image.width or y >= image.height or x + w <= 0 or y + h <= 0:
-        raise DataError(f"{path}: box {list(box)} lies outside the image of {image.width} x {image.height} pixels.")
     width = max(2, round(min(image.size) / 100))
     ImageDraw.Draw(image).rectangle([x, y, x + w, y + h], outline=(255, 0, 0), width=width)

@@ -142,8 +142,9 @@ def write_hf(
         raise CheckpointError(
             f"{folder}: the export has the checkpoint's tensors, but its logits are not those that the training engine "
             f"gave: they differ by {report.logits['difference']:.2g} of their spread, rounding explains "
-            f"{report.logits['tolerance']:.2g}. Its configuration may not be that of the model that was trained. The export is {out}{DIFFERS}; {out} is unchanged. To have it there all "
-            f"the same: `clkd export {folder} --out {out} --accept-logits`."
+            f"{report.logits['tolerance']:.2g}. Its configuration may not be that of the model that was trained. "
+            f"The export is {out}{DIFFERS}; {out} is unchanged. To have it there all the same: "
+            f"`clkd export {folder} --out {out} --accept-logits`."
         )
     put_in_place(out.with_name(out.name + DIFFERS), out)
     return report

@@ -14,7 +14,8 @@ class DataConfig(Section):
     format: Literal["coda_lm", "chat"] = "coda_lm"
     """Layout on disk: CODA-LM's published folders, or chat JSONL files named `<split>.jsonl`."""
     root: Path | None = None
-    """Data root; images outside it are refused, links inside it are followed. Required, unless `benchmark` draws its scenes into `<run.dir>/data`."""
+    """Data root; images outside it are refused, links inside it are followed. Required, unless `benchmark` draws its
+    scenes into `<run.dir>/data`."""
     image_roots: tuple[Path, ...] = ()
     """Other folders that records may name images in, as in `../nuscenes/samples/...`."""
     bad_samples: Literal["refuse", "skip"] = "refuse"

@@ -12,7 +12,7 @@ from tests.helpers.paths import ROOT
 PACKAGE = ROOT / "pipeline"
 ORDER = (
     "errors", "files", "recipe", "data", "benchmark", "targets", "method", "models", "teacher", "export", "training",
-    "evaluation", "report", "hardness", "cluster", "cli", "__main__",
+    "evaluation", "report", "hardness", "cluster", "preparation", "cli", "__main__",
 )  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

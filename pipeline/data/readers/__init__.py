@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.readers.chat import chat_files, read_chat
-from pipeline.data.readers.coda_lm import coda_lm_files, read_coda_lm
+from pipeline.data.readers.chat import chat_files, chat_splits, read_chat
+from pipeline.data.readers.coda_lm import coda_lm_files, coda_lm_splits, read_coda_lm
 from pipeline.data.readers.source import Source
 from pipeline.data.sample import Sample, hash_image, identified
 from pipeline.errors import DataError
@@ -23,11 +23,15 @@ class Reader:
     """The annotation files of (data root, split). SplitMissingError when there is no such split."""
     read: Callable[[Source], Iterator[Sample]]
     """Its samples in the data set's order, without ids yet; what is broken goes into the source's problems."""
+    splits: Callable[[Path], list[str]]
+    """Names of the splits under a data root, ascending; none where the root holds something else."""
+    layout: str
+    """What a folder of this kind holds, for messages."""
 
 
 READERS: dict[str, Reader] = {
-    "coda_lm": Reader(coda_lm_files, read_coda_lm),
-    "chat": Reader(chat_files, read_chat),
+    "coda_lm": Reader(coda_lm_files, read_coda_lm, coda_lm_splits, "CODA-LM/<split>/*.json beside <folder>/images/"),
+    "chat": Reader(chat_files, read_chat, chat_splits, "<split>.jsonl with a conversation a line"),
 }
 """By `data.format`."""
 

@@ -19,6 +19,11 @@ def chat_files(root: Path, split: str) -> list[Path]:
     return [path]
 
 
+def chat_splits(root: Path) -> list[str]:
+    """Every `<split>.jsonl` of the root."""
+    return sorted(path.stem for path in root.glob("*.jsonl") if path.is_file())
+
+
 def read_chat(source: Source) -> Iterator[Sample]:
     """Chat JSONL: `{id, image|images, conversations|messages}` a line makes one sample.
 

@@ -33,6 +33,11 @@ def coda_lm_files(root: Path, split: str) -> list[Path]:
     return [*sorted(records), *([slices] if slices.is_file() else [])]
 
 
+def coda_lm_splits(root: Path) -> list[str]:
+    """Every folder of `<root>/CODA-LM` that holds records."""
+    return sorted(folder.name for folder in (root / "CODA-LM").glob("*") if any(folder.glob("*.json")))
+
+
 def read_coda_lm(source: Source) -> Iterator[Sample]:
     """CODA-LM: `<root>/CODA-LM/<split>/<folder>_<NNNN>.json` about `<root>/<folder>/images/<NNNN>.jpg`.
 

@@ -1,0 +1,1 @@
+"""Before anything runs: looking at models and data, writing a recipe that fits them, checking one."""

@@ -1,0 +1,104 @@
+"""Every sample of a split, looked at as the stages will: images decoded, texts tokenized, lengths counted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.data.problems import SHOWN, Problem, Problems
+from pipeline.data.processor import Processor
+from pipeline.data.sample import Sample, box_problem
+from pipeline.errors import DataError
+from pipeline.preparation.data_facts import Length, Lengths, decoded_sizes, header_size, length_of
+from pipeline.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class SplitCheck:
+    """What was found in one split."""
+
+    name: str
+    lengths: Lengths
+    images: int
+    problems: Sequence[Problem]
+    too_long_answers: int
+    """Answers with more tokens than `evaluation.max_new_tokens`."""
+
+    def __str__(self) -> str:
+        words = ", ".join(f"{task} {kind} {count:,}" for (task, kind), count in sorted(self.lengths.words.items()))
+        tokens = [self.lengths.quantile("tokens", share) for share in (0.5, 0.99, 1.0)]
+        answers = [self.lengths.quantile("answer", share) for share in (0.5, 1.0)]
+        return (
+            f"{self.name}: {self.lengths.samples:,} samples of {self.images:,} images: {words}\n"
+            f"tokens of a sample: median {tokens[0]:,}, 99% up to {tokens[1]:,}, longest {tokens[2]:,}; of an answer: "
+            f"median {answers[0]:,}, longest {answers[1]:,}"
+        )
+
+    def problem_lines(self) -> list[str]:
+        """One line for each problem, and how many more there are."""
+        lines = [f"{problem.record}: {problem.problem}" for problem in self.problems[:SHOWN]]
+        return lines + (
+            [f"and {len(self.problems) - SHOWN} more of split {self.name}"] if len(self.problems) > SHOWN else []
+        )
+
+    def surprises(self, recipe: Recipe) -> list[str]:
+        """What is allowed and perhaps not meant."""
+        found, data = [], recipe.data
+        largest = self.lengths.quantile("pixels", 1.0)
+        if largest > 2 * data.max_pixels:
+            found.append(
+                f"{self.name}: images of up to {largest:,} pixels are scaled down to data.max_pixels
+                {data.max_pixels:,}: " "small objects may be lost"
+            )
+        if self.too_long_answers:
+            found.append(
+                f"{self.name}: {self.too_long_answers:,} answer(s) are longer than evaluation.max_new_tokens "
+                f"{recipe.evaluation.max_new_tokens}"
+            )
+        if self.name == data.test_split and len({kind for _, kind in self.lengths.words}) < 2:
+            found.append(f"{self.name}: one slice only: regular and corner cases cannot be told apart in the table")
+        return found
+
+
+def check_split(
+    recipe: Recipe, name: str, samples: Sequence[Sample], processor: Processor, *, decode: bool
+) -> SplitCheck:
+    """Look at every sample of a split.
+
+    Args:
+        decode: decode every image as a whole; else its header is read.
+    """
+    paths = sorted({path for sample in samples for path in sample.images})
+    if decode:
+        with tqdm(total=len(paths), desc=f"images of {name}", disable=None) as bar:
+            sizes = decoded_sizes(paths, recipe.data, bar.update)
+    else:
+        sizes = {}
+    limit = recipe.evaluation.max_new_tokens
+    problems, lengths, too_long = Problems(), Lengths(most=100_000), 0
+    for sample in tqdm(samples, desc=f"texts of {name}", unit=" samples", disable=None):
+        with problems.at(sample.meta.get("record", sample.sample_id)):
+            length = _length(sample, sizes, processor)
+            too_long += length.answer > limit
+            lengths.add(sample, length)
+            if length.tokens > processor.max_length and recipe.data.long_answers == "refuse":
+                raise DataError(
+                    f"{length.tokens} tokens, data.max_length allows {processor.max_length}: "
+                    f"{sum(length.image_tokens)} of images, {length.answer} of the answer"
+                )
+    return SplitCheck(name, lengths, len(paths), problems.found, too_long)
+
+
+def _length(sample: Sample, sizes: dict[Path, tuple[int, int] | str], processor: Processor) -> Length:
+    """DataError for the first thing that the stages would refuse."""
+
+    def size(path: Path) -> tuple[int, int]:
+        found = sizes.get(path) or header_size(path)
+        if isinstance(found, str):
+            raise DataError(found)
+        if sample.box is not None and (problem := box_problem(sample.box, found)):
+            raise DataError(f"{path}: {problem}")
+        return found
+
+    return length_of(sample, size, processor)
