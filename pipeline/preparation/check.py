@@ -192,7 +192,7 @@ def _next(recipe: Recipe, options: argparse.Namespace) -> str:
         return f"nothing is missing; `clkd report {words}` shows the run."
     kind, _, which = stage.name.partition(" ")
     if kind == "train":
-        config = recipe.cluster.deepspeed return f"`deepspeed train.py --config {words} --deepspeed_config {config}
-        job={which}`, or `clkd run {words}` for all."
-    model = f" --model {which}" if kind == "model" else "" return f"`clkd {'student' if kind == 'model' else kind}
-    {words}{model}`, or `clkd run {words}` for all that is missing."
+        command = f"deepspeed train.py --config {words} --deepspeed_config {recipe.cluster.deepspeed} job={which}"
+        return f"`{command}`, or `clkd run {words}` for all that is missing."
+    command = f"clkd student {words} --model {which}" if kind == "model" else f"clkd {kind} {words}"
+    return f"`{command}`, or `clkd run {words}` for all that is missing."

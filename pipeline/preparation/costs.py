@@ -50,9 +50,8 @@ def costs(
         free = shutil.disk_usage(_existing(recipe.run.dir)).free
         lines.append(f"disk: about {written / 1e9:.1f} GB in {recipe.run.dir}, {free / 1e9:.1f} GB are free")
         if written > free:
-            problems.append(
-                f"run.dir {recipe.run.dir}: about {written / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
-            )
+            need = f"about {written / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free"
+            problems.append(f"run.dir {recipe.run.dir}: {need}")
     return lines
 
 

@@ -37,7 +37,7 @@ def main(recipe: None, options: argparse.Namespace) -> None:
     student = collected(problems, lambda: _fitting(options.student.resolve(), "student"))
     data = collected(problems, lambda: detect(options.data.resolve()))
     processor = collected(problems, lambda: _processor(teacher, student)) if teacher and student else None
-    if problems:
+    if problems or processor is None:
         raise UserError(f"clkd init: {len(problems)} problem(s), nothing was written.{listed(problems)}")
     values = _values(teacher, student, options.data.resolve(), data[0], data[1], processor)
     write_text(out, _render(values))

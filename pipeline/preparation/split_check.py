@@ -38,9 +38,8 @@ class SplitCheck:
     def problem_lines(self) -> list[str]:
         """One line for each problem, and how many more there are."""
         lines = [f"{problem.record}: {problem.problem}" for problem in self.problems[:SHOWN]]
-        return lines + (
-            [f"and {len(self.problems) - SHOWN} more of split {self.name}"] if len(self.problems) > SHOWN else []
-        )
+        more = len(self.problems) - SHOWN
+        return [*lines, f"and {more} more of split {self.name}"] if more > 0 else lines
 
     def surprises(self, recipe: Recipe) -> list[str]:
         """What is allowed and perhaps not meant."""
@@ -48,8 +47,8 @@ class SplitCheck:
         largest = self.lengths.quantile("pixels", 1.0)
         if largest > 2 * data.max_pixels:
             found.append(
-                f"{self.name}: images of up to {largest:,} pixels are scaled down to data.max_pixels
-                {data.max_pixels:,}: " "small objects may be lost"
+                f"{self.name}: images of up to {largest:,} pixels are scaled down to data.max_pixels "
+                f"{data.max_pixels:,}: small objects may be lost"
             )
         if self.too_long_answers:
             found.append(
