@@ -49,7 +49,7 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Recipe, Any
     recipe = Recipe.model_validate(
         {
             "run": {"dir": str(tmp_path / "run")},
-            "data": {"processor": str(processor)},
+            "data": {"root": str(tmp_path / "data"), "processor": str(processor)},
             "models": {"start": {"path": str(tmp_path / "start")}},
             "jobs": {"x": {"init": "models.start", "steps": 2}},
         }
