@@ -35,6 +35,12 @@ from pipeline.training.engine import start
 from tests.helpers import tiny
 
 Storages = dict[int, int]
+MASTERS = (
+    "single_partition_of_fp32_groups",  # ZeRO-1 and 2
+    "fp32_groups_flat_partition",  # ZeRO-1 that accumulates gradients in float32
+    "fp32_partitioned_groups_flat",  # ZeRO-3
+    "fp32_groups",  # ZeRO-0
+)
 
 
 def storages(tensors: Iterable[Any]) -> Storages:
@@ -60,8 +66,7 @@ def weights(engine: Any) -> Storages:
 def optimizer(engine: Any) -> Storages:
     """Master weights and moments."""
     zero = engine.optimizer
-    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups")  # ZeRO 1 and 2, 3, 0
-    masters = [getattr(zero, name, None) for name in names]
+    masters = [getattr(zero, name, None) for name in MASTERS]
     inner = getattr(zero, "optimizer", zero)
     return storages([masters, [list(state.values()) for state in inner.state.values()]])
 
@@ -70,7 +75,7 @@ def gradients(engine: Any) -> Storages:
     """What backward left."""
     zero = engine.optimizer
     held = [getattr(zero, "grad_partitions_flat_buffer", None), getattr(zero, "averaged_gradients", None)]
-    held += [getattr(zero, "all_grad_tensors", None)]
+    held += [getattr(zero, "all_grad_tensors", None), getattr(zero, "fp32_groups_gradients_flat", None)]
     return storages([p.grad for p in engine.module.parameters()]) | storages(held)
 
 

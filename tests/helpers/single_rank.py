@@ -18,14 +18,19 @@ def engine(model: Any, *, stage: int = 1, experts: bool = True, persistent: int 
 
     `persistent`: elements up to which ZeRO-3 leaves a parameter whole; by default all of a tiny model's.
     """
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     raw: dict[str, Any] = {"zero_optimization": {"stage": stage}, "steps_per_print": 10**9}
     if persistent is not None:
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = persistent
     if experts:
         raw["expert_parallel"] = {"enabled": True, "autoep_size": 1}
-    return start(model, tiny.job(micro_size=4, **job), raw)
+    return configured(model, raw, micro_size=4, **job)
+
+
+def configured(model: Any, raw: dict[str, Any], **job: object) -> Any:
+    """`model` under DeepSpeed with the JSON `raw`."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return start(model, tiny.job(**job), raw)
 
 
 def train(engine: Any, first: int, last: int) -> list[float]:

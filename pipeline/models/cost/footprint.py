@@ -14,7 +14,8 @@ bytes of a weight (bf16 2, float32 4), m the moments of the optimizer (AdamW 2, 
 | 2 | b P | b P / R, parameters at a partition's borders whole | 4 (1 + m) P / R |
 | 3 | b P / R, small ones also whole | b P / R | 4 (1 + m) P / R |
 
-Only parameters that train have gradients and optimizer state.
+With bf16 weights and `data_types.grad_accum_dtype: fp32` gradients are (4 + b) P under stage 1, of which 4 P stay, and
+4 P / R under 2 and 3. Only parameters that train have gradients and optimizer state.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,8 @@ class Spread:
     """Tensors of optimizer state per weight: AdamW 2, SGD 0."""
     accumulation_steps: int = 1
     """Micro-batches of a rank in an optimizer step."""
+    float32_gradients: bool = False
+    """`data_types.grad_accum_dtype: fp32` with bf16 weights: gradients are kept and summed in float32."""
     bucket: int = BUCKET
     """`reduce_bucket_size`, in elements."""
     double_buckets: bool = False
@@ -74,14 +77,16 @@ class Spread:
         zero = config.get("zero_optimization", {})
         experts = config.get("expert_parallel") or {}
         stage, apart = int(zero.get("stage", 0)), bool(experts.get("enabled", False))
+        bf16 = bool(config.get("bf16", {}).get("enabled", False))
         return cls(
             ranks=ranks,
             stage=stage,
             expert_parallel=int(experts.get("autoep_size", 1)) if apart else 1,
             experts_apart=apart,
-            weight_bytes=2 if config.get("bf16", {}).get("enabled", False) else 4,
+            weight_bytes=2 if bf16 else 4,
             moments=0 if config["optimizer"]["type"] == "SGD" else 2,
             accumulation_steps=int(config["gradient_accumulation_steps"]),
+            float32_gradients=bf16 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32",
             bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             double_buckets=bool(zero.get("overlap_comm", stage == 3)),
             contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
@@ -101,6 +106,8 @@ class State:
     weights: int
     gradients: int
     """When they are largest: at the end of a backward."""
+    accumulated: int
+    """Of them, what is there in the forward and when the backward begins."""
     optimizer: int
     buckets: int
     """Buffers that gradients are sent from; ZeRO-3 keeps them, the other stages have them during the backward."""
@@ -117,11 +124,10 @@ def peaks(state: State, spread: Spread, kept: Kept) -> dict[str, int]:
     are. `step`: of the optimizer, which takes one group of parameters after the other.
     """
     resident = state.weights + state.optimizer + state.gathered
-    accumulated = state.gradients if spread.accumulation_steps > 1 or spread.stage == 3 else 0
     buckets = state.buckets if spread.accumulation_steps > 1 or spread.stage == 3 else 0
-    begins = accumulated + state.buckets + kept.saved + kept.recomputed + kept.backward
+    begins = state.accumulated + state.buckets + kept.saved + kept.recomputed + kept.backward
     return {
-        "forward": resident + accumulated + buckets + kept.saved + kept.head,
+        "forward": resident + state.accumulated + buckets + kept.saved + kept.head,
         "backward": resident + max(begins, state.gradients + state.buckets),
         "step": resident - state.gathered + state.gradients + state.step + (state.buckets if spread.stage == 3 else 0),
     }
@@ -152,29 +158,50 @@ def state(weights: Sequence[Weight], spread: Spread) -> State:
     trained = [[w.numel for w in weights if w.trains and w.expert is expert] for expert in (False, True)]
     partitions = [_partition(sizes, spread.holders(expert=bool(e)), spread) for e, sizes in enumerate(trained)]
     whole_weights, whole_gradients = sum(w.numel for w in weights), sum(map(sum, trained))
-    b, bucket = spread.weight_bytes, _buckets(spread)
+    b, bucket, several = spread.weight_bytes, _buckets(spread), spread.accumulation_steps > 1
     if spread.stage == 0:
         masters = spread.moments + (b < MASTER_BYTES)
         step = MASTER_BYTES * whole_gradients if b < MASTER_BYTES else 0
-        return State(b * whole_weights, b * whole_gradients, MASTER_BYTES * masters * whole_gradients, 0, 0, step)
+        gradients = b * whole_gradients
+        optimizer = MASTER_BYTES * masters * whole_gradients
+        return State(b * whole_weights, gradients, gradients * several, optimizer, 0, 0, step)
     optimizer = MASTER_BYTES * (1 + spread.moments) * sum(partitions)
-    # Gradients of one group at a time: float32, and two temporaries of AdamW's update.
-    step = MASTER_BYTES * (1 + (2 if spread.moments else 0)) * max(partitions)
+    # Gradients of one group at a time: float32, unless they are already, and two temporaries of AdamW's update.
+    copies = 0 if spread.float32_gradients and spread.stage < 3 else 1
+    step = MASTER_BYTES * (copies + (2 if spread.moments else 0)) * max(partitions)
     if spread.stage == 3:
         kept = sum(_share(w.numel, spread.holders(expert=w.expert)) for w in weights)
         split = [w.numel for w in weights if spread.holders(expert=w.expert) > 1]
         persistent = sum(numel for numel in split if numel <= spread.persistent)
         gathered = min(sum(split) - persistent, spread.live)
-        return State(b * (kept + persistent), b * sum(partitions), optimizer, bucket, b * gathered, step)
-    if spread.stage == 1 and spread.accumulation_steps > 1:
-        gradients = whole_gradients
-    else:
-        gradients = sum(_touched(sizes, spread.holders(expert=bool(e))) for e, sizes in enumerate(trained))
-    return State(b * whole_weights, b * gradients, optimizer, bucket, 0, step)
+        gradients = _gradient_bytes(spread) * sum(partitions)
+        return State(b * (kept + persistent), gradients, gradients, optimizer, bucket, b * gathered, step)
+    gradients, accumulated = _gradients(trained, partitions, spread)
+    return State(b * whole_weights, gradients, accumulated, optimizer, bucket, 0, step)
+
+
+def _gradients(trained: Sequence[Sequence[int]], partitions: Sequence[int], spread: Spread) -> tuple[int, int]:
+    """Bytes under ZeRO-1 and 2: at their largest, and of them what is there in the forward."""
+    b, several = spread.weight_bytes, spread.accumulation_steps > 1
+    holders = [spread.holders(expert=bool(e)) for e in range(len(trained))]
+    whole = sum(map(sum, trained))
+    if spread.float32_gradients and spread.stage == 1:  # whole buffers that stay, and those of the backward in bf16
+        stay = MASTER_BYTES * sum(part * ranks for part, ranks in zip(partitions, holders, strict=True))
+        return stay + b * whole, stay + b * whole * several
+    if spread.float32_gradients:  # made when the backward sends its first bucket
+        return MASTER_BYTES * sum(partitions), MASTER_BYTES * sum(partitions)
+    if spread.stage == 1 and several:
+        return b * whole, b * whole
+    largest = b * sum(_touched(sizes, ranks) for sizes, ranks in zip(trained, holders, strict=True))
+    return largest, largest * several
+
+
+def _gradient_bytes(spread: Spread) -> int:
+    return MASTER_BYTES if spread.float32_gradients else spread.weight_bytes
 
 
 def _buckets(spread: Spread) -> int:
-    if not spread.contiguous_gradients or spread.stage == 0:
+    if not spread.contiguous_gradients or spread.stage == 0 or (spread.stage == 1 and spread.float32_gradients):
         return 0
     count = 2 if spread.double_buckets and spread.stage < 3 else 1
     return count * spread.bucket * spread.weight_bytes

@@ -35,14 +35,17 @@ TOLERANCE = 0.10
 
 
 def spec(
-    ranks: int, stage: int, *, ep: int = 1, bf16: bool = False, steps: int = 1, trainable: str = "all", **more: object
-) -> dict[str, Any]:
+    ranks: int, stage: int, *, ep: int = 1, bf16: bool = False, float32_gradients: bool = False, steps: int = 1,
+    trainable: str = "all", **more: object,
+) -> dict[str, Any]:  # fmt: skip
     """A run that `memory_run` measures. `steps`: of accumulation."""
     job = {"steps": 5, "micro_size": LOAD["sequences"], "trainable": trainable}
     job |= {"global_size": LOAD["sequences"] * steps * ranks, "grad_clip": 0.0 if stage == 0 else 1.0}
     zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 300}
     raw = {"zero_optimization": zero, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
     raw["expert_parallel"] = {"enabled": True, "autoep_size": ep}
+    if float32_gradients:
+        raw |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32" if stage == 1 else "bf16"}
     sizes = {"text": TEXT, "vision": VISION, "load": LOAD, "attention": "eager"}
     return sizes | {"deepspeed": raw, "job": job} | more
 
@@ -75,10 +78,16 @@ ONE_RANK = {
     "zero1_frozen": spec(1, 1, trainable="mlp_and_router"),
     "zero2_bf16_sdpa": spec(1, 2, bf16=True, attention="sdpa", steps=2),
     "zero3_checkpointing": spec(1, 3, checkpointing=True),
+    "zero1_bf16_float32_gradients": spec(1, 1, bf16=True, float32_gradients=True, steps=2),
+    "zero2_bf16_float32_gradients": spec(1, 2, bf16=True, float32_gradients=True),
+    "zero3_bf16_float32_gradients": spec(1, 3, bf16=True, float32_gradients=True, steps=2),
 }
 NATIVE = spec(2, 1, ep=2)
 NATIVE["job"] |= {"layer": "native", "native": {"drop_tokens": True}}
-TWO_RANKS = [spec(2, 1, ep=2, steps=2), spec(2, 2, bf16=True), spec(2, 3, ep=2), NATIVE]
+TWO_RANKS = [
+    spec(2, 1, ep=2, steps=2), spec(2, 2, bf16=True), spec(2, 3, ep=2), NATIVE,
+    *(spec(2, stage, ep=2, bf16=True, float32_gradients=True, steps=2) for stage in (1, 2, 3)),
+]  # fmt: skip
 
 
 @pytest.mark.slow
