@@ -207,8 +207,8 @@ def _identified(
             made = []
             for sample in samples:
                 with source.problems.at(sample.meta["record"], "image"):
-                    for problem in filter(None, map(wrong.get, sample.images)):
-                        raise DataError(problem)
+                    if unread := [wrong[path] for path in sample.images if path in wrong]:
+                        raise DataError("; ".join(unread))
                     made.append(identified(sample, [hashes.digest(path) for path in sample.images]))
             count += len(made)
             yield made
