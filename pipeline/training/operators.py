@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import sys
+import sysconfig
 import time
 from importlib import metadata
 from importlib.util import find_spec
@@ -40,7 +41,8 @@ def own_folder() -> Path:
 def prepare() -> None:
     """Set this environment's folder, unless the user chose one, and locks that end with their process.
 
-    Call it before an operator is loaded. If the folder cannot be made (a read-only home), torch chooses its own.
+    Call it before an operator is loaded. If the folder cannot be made (a read-only home), torch chooses its own. This
+    environment's ninja comes before others on the PATH: another version does not read its log, and compiles all again.
     """
     from torch.utils import cpp_extension  # here, so that `own_folder` costs no torch
 
@@ -52,6 +54,9 @@ def prepare() -> None:
             print(f"{folder}: {error.strerror}: torch keeps compiled operators where it likes", file=sys.stderr)
         else:
             os.environ[FOLDER_VARIABLE] = str(folder)
+    scripts = sysconfig.get_path("scripts")
+    if os.path.exists(os.path.join(scripts, "ninja")):
+        os.environ["PATH"] = os.pathsep.join((scripts, os.environ.get("PATH", "")))
     cpp_extension.FileBaton = Baton  # type: ignore[assignment, attr-defined]
 
 

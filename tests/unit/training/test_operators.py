@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from importlib import metadata
 from pathlib import Path
@@ -171,6 +172,7 @@ def test_each_environment_has_its_folder(monkeypatch, tmp_path):
 def test_the_folder_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp_extension, "FileBaton", file_baton.FileBaton)  # put back afterwards
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "chosen")
     operators.prepare()
     assert os.environ["TORCH_EXTENSIONS_DIR"] == "chosen"
@@ -179,10 +181,23 @@ def test_the_folder_is_used_unless_the_user_chose_one(monkeypatch, tmp_path):
     assert cpp_extension._get_build_directory("x", False) == str(operators.own_folder() / "x")
 
 
+def test_this_environments_ninja_comes_first(monkeypatch, tmp_path):
+    """The log of another version is not read, and everything compiled again."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", file_baton.FileBaton)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    operators.prepare()
+    assert shutil.which("ninja") == os.path.join(sysconfig.get_path("scripts"), "ninja")
+
+
 def test_a_cache_that_cannot_be_written_is_left_to_torch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cpp_extension, "FileBaton", file_baton.FileBaton)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     operators.prepare()
     assert "TORCH_EXTENSIONS_DIR" not in os.environ
