@@ -76,12 +76,14 @@ _MODULES = {
 """Where each name comes from, as type checkers are told above."""
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for (PEP 562)."""
-    if name not in _MODULES:
-        raise AttributeError(f"module 'pipeline' has no attribute {name!r}; it has {', '.join(__all__)}")
-    globals()[name] = getattr(importlib.import_module(f"pipeline.{_MODULES[name]}"), name)
-    return globals()[name]
+if not TYPE_CHECKING:  # to a type checker, a function of this name would make every name one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for when it is asked for (PEP 562)."""
+        if name not in _MODULES:
+            raise AttributeError(f"module 'pipeline' has no attribute {name!r}; it has {', '.join(__all__)}")
+        globals()[name] = getattr(importlib.import_module(f"pipeline.{_MODULES[name]}"), name)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:
