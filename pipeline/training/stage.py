@@ -1,6 +1,8 @@
 """The stage `train`: one job, on as many ranks as the launcher starts.
 
-    deepspeed train.py --config RECIPE.yaml --deepspeed_config ds_configs/X.json job=NAME
+    deepspeed train.py --config RECIPE.yaml --deepspeed_config ds_configs/X.json job=NAME    in a checkout
+    deepspeed --module pipeline train RECIPE.yaml --deepspeed_config X job=NAME              anywhere
+    torchrun --nproc_per_node N -m pipeline train RECIPE.yaml --deepspeed_config X job=NAME
 
 Exit codes: 0 done; 2 refused, nothing lost; 75 lost contact with another rank, 85 checkpointed after SIGTERM or
 SIGUSR1: start it again to go on.
