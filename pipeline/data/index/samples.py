@@ -132,7 +132,7 @@ class Index(Sequence[Sample]):
         ids = [_view(columns["sample_id"], _RAW_ID) for columns in self._samples.batches]
         number = np.searchsorted(np.array([batch[0] for batch in ids]), wanted, side="right") - 1
         rows = np.full(len(wanted), -1)
-        for batch in np.unique(number[number >= 0]):
+        for batch in set(number[number >= 0].tolist()):
             mine = np.flatnonzero(number == batch)
             inside = np.minimum(np.searchsorted(ids[batch], wanted[mine]), len(ids[batch]) - 1)
             found = ids[batch][inside] == wanted[mine]
@@ -153,7 +153,7 @@ class Index(Sequence[Sample]):
         rows = places if self._rows is None else self._rows[places]
         number = self._samples.batch_of(rows)
         images, characters = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
-        for batch in np.unique(number):
+        for batch in set(number.tolist()):
             columns, mine = self._samples.batches[batch], number == batch
             inside = rows[mine] - self._samples.starts[batch]
             characters[mine] = _view(columns["characters"], np.int32)[inside]

@@ -9,12 +9,12 @@ from typing import get_args
 import numpy as np
 import pytest
 from PIL import Image
-from pipeline.recipe.schema import DataConfig
 
 from pipeline.data.readers import READERS, read_samples
 from pipeline.data.readers.coda_lm import PROMPTS
 from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image
 from pipeline.errors import DataError
+from pipeline.recipe import DataConfig
 
 RECORD = {
     "general_perception": {

@@ -8,14 +8,17 @@ import pickle
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pipeline.cli import main
 from pipeline.data.index import build, lock
+from pipeline.data.index import samples as index_samples
 from pipeline.data.index.images import ImageHashes
 from pipeline.data.index.samples import sample_ids, select, sizes, words
 from pipeline.data.readers import read_samples
@@ -162,6 +165,24 @@ def test_it_goes_to_other_processes_without_its_samples(run):
     code = f"import pickle; print(pickle.loads({content!r})[-1].sample_id)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [index[49].sample_id]
+
+
+def test_what_a_rank_holds_does_not_grow_with_the_samples(run):
+    """Open, go through all ids, look at lengths and read a few: less than ten bytes a sample, none of them Arrow's."""
+    count = 4000
+    write_chat(run, [chat_record(number) for number in range(count)])
+    content = pickle.dumps(open_split(recipe_of(run), "train"))
+    index_samples._table.cache_clear()
+    arrow = pa.total_allocated_bytes()
+    tracemalloc.start()
+    index = pickle.loads(content)
+    assert sum(1 for _ in index.sample_ids) == len(index) == count
+    index.sizes(np.arange(count))
+    assert index[7].answer and not len(index.unanswered())
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 10 * count
+    assert pa.total_allocated_bytes() == arrow
 
 
 # When it is made, and what is read for it

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pipeline.method.hardness import HardnessTable
 from tests.helpers.paths import ROOT
+from tools.bench import index as bench_index
 from tools.bench import reading as bench_reading
 from tools.bench import sampler as bench_sampler
 from tools.bench import sketch as bench_sketch
@@ -31,6 +32,18 @@ def test_reading(tmp_path, capsys):
         slowest, fastest = figures[f"{name}_spread"]
         assert 0 < slowest <= 1 <= fastest
         assert name in table
+
+
+@pytest.mark.slow
+def test_index(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    bench_index.main(["--json", str(path), "--samples", "300", "--folder", str(tmp_path)])
+    figures, table = json.loads(path.read_text()), capsys.readouterr().out
+    assert (figures["samples"], figures["images"]) == (301, 75)
+    reads = [figures[f"{step}_images_read"] for step in ("make", "again", "open")]
+    assert reads == [75, 0, 0]
+    assert 0 < figures["shared_start"] <= figures["shared_all"]
+    assert all(name in table for name in bench_index.MEANING)
 
 
 def test_sketches(tmp_path, capsys):
