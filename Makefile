@@ -1,4 +1,5 @@
 # make demo: the whole pipeline on its embedded data.  make ablation: the tables of docs/RESULTS.md.  make test: all tests.
+# make docs: the documentation as a site.
 # Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 JOBS ?= 1
 SPLIT ?= test
 
-.PHONY: install demo reproduce ablation test test-fast check soak lint clean
+.PHONY: install demo reproduce ablation test test-fast check soak lint docs clean
 
 install: $(VENV)/.installed
 
@@ -37,7 +38,7 @@ ablation: install
 
 test: check
 
-check: lint
+check: lint docs
 	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slurm"
 	$(CPU_ENV) $(PY) -m pytest -q -m slurm
 
@@ -53,5 +54,9 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# README.md, docs/ and what lies beside them as a site in site/; a dead link is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
 clean:
-	rm -rf runs
+	rm -rf runs site

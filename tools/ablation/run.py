@@ -1,6 +1,6 @@
 """What each part of the method is worth: every row of `ablation_rows` with several seeds, in one table.
 
-    python -m tools.ablation.run --config pipeline/recipes/ablation.yaml --split val [--rows sft,kd] [--jobs 2]
+    python -m tools.ablation.run ablation --split val [--rows sft,kd] [--jobs 2]
 
 A cell is one row with one seed. Its seed changes the noise of routers and experts when the dense base student becomes a
 Mixture of Experts, and the order of samples; scenes, teacher, soft targets and base student are the same for all and

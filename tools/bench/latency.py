@@ -1,6 +1,6 @@
 """Latency at batch 1 of every model in a recipe's evaluation rows, and of every expert loop of its MoE models.
 
-    python -m tools.bench.latency --config RECIPE.yaml --json FILE [section.key=value ...]
+    python -m tools.bench.latency RECIPE.yaml --json FILE [section.key=value ...]
 
 Writes one flat JSON object. Figures of a model carry its reference, `jobs.clkd` as `jobs_clkd`: `<model>_ttft_ms`,
 `<model>_tpot_ms`, `<model>_e2e_ms`, `<model>_speedup_vs_teacher`; those of an expert loop `<model>_<loop>_...`.

@@ -1,6 +1,6 @@
 """The schedules of a recipe's jobs before anything runs: a table, and a picture over samples seen.
 
-    python -m tools.docs.plot_schedules --config RECIPE.yaml [job=NAME] [--picture FILE.png]
+    python -m tools.docs.plot_schedules RECIPE.yaml [job=NAME] [--picture FILE.png]
 
 Alpha is shown for the easiest, the median and the hardest sample. An adaptive release follows a gap that is measured
 in training; shown is the latest that it can be.
