@@ -32,7 +32,8 @@ def build(config: RandomModelConfig, processor: Processor, seed: int) -> Qwen3VL
         raise ConfigError("model sizes do not fit together:\n  " + "\n  ".join(problems))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(qwen3_vl_config(config.text, config.vision, processor))
+        settings = qwen3_vl_config(config.text, config.vision, processor)
+        model = Qwen3VLForConditionalGeneration(settings)  # type: ignore[no-untyped-call, unused-ignore]
         _widen_vision_init(model)
     generation: dict[str, Any] = {"eos_token_id": processor.eos_id, "pad_token_id": processor.pad_id}
     model.generation_config = GenerationConfig(do_sample=False, **generation)  # type: ignore[no-untyped-call]

@@ -139,7 +139,7 @@ def test_a_port_that_is_in_use():
         other.listen()
         port = str(other.getsockname()[1])
         ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        code = "from pipeline import errors, runtime; errors.run_main(runtime.start_distributed)"
+        code = "from pipeline import errors; from pipeline.training import process; errors.run_main(process.start_distributed)"
         environment = {"DS_ACCELERATOR": "cpu", "CLKD_COLLECTIVE_TIMEOUT_S": "20", **ranks}
         command = ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
