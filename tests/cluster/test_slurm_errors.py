@@ -53,12 +53,12 @@ def test_the_environment_is_missing_on_a_node(cluster, training):
 
 def test_nodes_run_different_code(cluster, training, tmp_path):
     changed = tmp_path / "report.py"
-    changed.write_text((ROOT / "pipeline" / "report.py").read_text() + "\n")
-    cluster.on_node("node2", "mount", "--bind", changed, ROOT / "pipeline" / "report.py")
+    changed.write_text((ROOT / "pipeline" / "report" / "stage.py").read_text() + "\n")
+    cluster.on_node("node2", "mount", "--bind", changed, ROOT / "pipeline" / "report" / "stage.py")
     training.start("--nodes=2", *SMALL_STEP, "--nodelist=node[1-2]")
     failed(training, "the ranks do not run the same code:\n  pipeline: ", "Put project and environment on storage that")
     assert re.search(r"pipeline: \w{16} on node1, \w{16} on node2\n", training.state()["error"])
-    cluster.on_node("node2", "umount", ROOT / "pipeline" / "report.py")
+    cluster.on_node("node2", "umount", ROOT / "pipeline" / "report" / "stage.py")
 
 
 def test_ranks_that_the_expert_groups_do_not_divide(cluster, training):
@@ -139,7 +139,8 @@ def test_a_port_that_is_in_use():
         other.listen()
         port = str(other.getsockname()[1])
         ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        code = "from pipeline import errors; from pipeline.training import process; errors.run_main(process.start_distributed)"
+        code = "from pipeline import errors; from pipeline.training import process as p; "
+        code += "errors.run_main(p.start_distributed)"
         environment = {"DS_ACCELERATOR": "cpu", "CLKD_COLLECTIVE_TIMEOUT_S": "20", **ranks}
         command = ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
