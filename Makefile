@@ -1,5 +1,7 @@
-# make demo: the whole pipeline on its embedded data.  make ablation: the tables of docs/RESULTS.md.  make test: all tests.
+# make demo: the whole pipeline on its embedded data.  make ablation: the tables of docs/RESULTS.md.
 # make docs: the documentation as a site.
+# make test: all checks, as CI runs them.  make test-fast: those that start no process and train little.
+# make test-nightly: the long repeats too.  make test-gpu: on a CUDA device.  make test-one T=...: one file or test.
 # Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +15,7 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 JOBS ?= 1
 SPLIT ?= test
 
-.PHONY: install demo reproduce ablation test test-fast check soak lint docs clean
+.PHONY: install demo reproduce ablation test test-fast test-nightly test-gpu test-one soak lint docs clean
 
 install: $(VENV)/.installed
 
@@ -36,14 +38,25 @@ reproduce: install
 ablation: install
 	$(PY) -m tools.ablation.run ablation --split $(SPLIT) --jobs $(JOBS) --document docs/RESULTS.md
 
-test: check
-
-check: lint docs
-	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slurm"
-	$(CPU_ENV) $(PY) -m pytest -q -m slurm
+test: lint docs
+	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slurm and not nightly and not gpu"
+	$(CPU_ENV) $(PY) -m pytest -q -m "slurm and not nightly"
 
 test-fast: install
-	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slow"
+	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slow and not nightly and not gpu"
+
+test-nightly: lint docs
+	$(CPU_ENV) $(PY) -m pytest -q $(PARALLEL) -m "not slurm and not gpu"
+	$(CPU_ENV) $(PY) -m pytest -q -m slurm
+	$(MAKE) soak
+
+test-gpu: install
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m gpu
+
+# make test-one T='tests/unit/data/test_data.py::test_...': a failing test prints its own.
+export T
+test-one: install
+	$(CPU_ENV) $(PY) -m pytest "$$T"
 
 # 30 random faults on a Slurm of this machine's own (root, and Debian's packages for it: see .ci/run).
 soak: install

@@ -8,6 +8,7 @@ Corner or regular goes to `slices.json`, for evaluation only: no prompt or answe
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -117,8 +118,9 @@ def _draw_all(jobs: Sequence[_Job], workers: int) -> None:
     root, split = jobs[0].root, jobs[0].split
     for folder in (root / split.folder / "images", root / "CODA-LM" / split.name):
         folder.mkdir(parents=True, exist_ok=True)
-    with get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        done = pool.imap_unordered(_draw, jobs, chunksize=16)
+    workers = min(workers, len(jobs))
+    with get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
+        done = pool.imap_unordered(_draw, jobs, chunksize=16) if pool else map(_draw, jobs)
         for _ in tqdm(done, total=len(jobs), desc=f"scenes {split.name}", mininterval=1):
             pass
 

@@ -15,8 +15,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
@@ -91,6 +92,7 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int = 4, cpus: int = 8) -> None:
         self.folder, self.nodes, self.cpus = folder.resolve(), nodes, cpus
+        self._asking = threading.Lock()
 
     # -- from outside ------------------------------------------------------------------------------------------
 
@@ -158,26 +160,29 @@ class Cluster:
             time.sleep(0.2)
         return found
 
-    def wait_for_nodes(self) -> None:
-        """Wait until all nodes are idle or in use."""
+    def wait_for_nodes(self, *names: str) -> None:
+        """Wait until these nodes, or all, are idle or in use."""
+        wanted = set(names) or {f"node{number}" for number in range(1, self.nodes + 1)}
         deadline = time.monotonic() + START_S
         while True:
-            states = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).stdout.split()
-            if len(states) == self.nodes and set(states) <= {"idle", "mixed", "allocated"}:
+            lines = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", check=False).stdout.splitlines()
+            states = {name: state for name, state in map(str.split, lines) if name in wanted}
+            if states.keys() == wanted and set(states.values()) <= {"idle", "mixed", "allocated"}:
                 return
             if time.monotonic() > deadline:
                 logs = "".join((self.folder / "log" / name).read_text() for name in ("head.log", "slurmctld.log"))
                 raise TimeoutError(f"nodes after {START_S:g} s: {states}\n{logs[-3000:]}")
             time.sleep(0.05)
 
-    def cancel_all(self) -> None:
-        """Cancel every job and wait until none is left."""
-        self.run("scancel", "--full", "-u", "root", check=False)
+    def tidy(self, nodes: Sequence[str] = (), job_name: str | None = None) -> None:
+        """Cancel all jobs, or those of this name; when they are gone, have these nodes, or all, take new ones."""
+        which = (f"--name={job_name}",) if job_name else ()
+        self.run("scancel", "--full", "-u", "root", *which, check=False)
         deadline = time.monotonic() + START_S
-        while self.run("squeue", "-h", "-t", "all", "-o", "%i %T").stdout and time.monotonic() < deadline:
-            if not self.run("squeue", "-h").stdout:
-                return
+        while self.run("squeue", "-h", *which).stdout and time.monotonic() < deadline:
             time.sleep(0.1)
+        self.run("scontrol", "update", f"NodeName={','.join(nodes) or 'ALL'}", "State=resume", check=False)
+        self.wait_for_nodes(*nodes)
 
     def power_off(self, node: str) -> None:
         """A power cut: every process of the node is gone at once."""
@@ -203,8 +208,9 @@ class Cluster:
     def _ask(self, request: str) -> str:
         """Have the head do something; its answer."""
         assert self._head.stdin and self._head.stdout
-        self._head.stdin.write(request + "\n")
-        answer = self._head.stdout.readline()
+        with self._asking:
+            self._head.stdin.write(request + "\n")
+            answer = self._head.stdout.readline()
         if not answer.startswith("ok"):
             log = (self.folder / "log" / "head.log").read_text()
             raise RuntimeError(f"{request}: {answer or log[-3000:]}")

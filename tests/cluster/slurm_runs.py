@@ -12,22 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from pipeline.recipe import merge
 from pipeline.targets.store import SoftTargetStore
+from tests.cluster.lanes import TWO_NODES, Lane
 from tests.cluster.slurm_cluster import Cluster
+from tests.helpers import recipes
 from tests.helpers.paths import ROOT
-from tests.ranks.test_train import TINY
 
 STEPS, EVERY = 60, 10
-EVALUATION = {
-    "limit": 2, "max_new_tokens": 8, "latency_samples": 1, "latency_repeats": 1,
-    "rows": [{"name": "teacher", "model": "jobs.teacher"}, {"name": "student", "model": "jobs.clkd"}],
-}  # fmt: skip
-SMALL_STEP = ("--cpus-per-task=1", "--ntasks-per-node=1", "--gpus-per-node=1")
-TWO_NODES = ("--nodes=2", *SMALL_STEP)
 SGD = ("jobs.clkd.optimizer.kind=sgd", "jobs.clkd.optimizer.lr=1.0", "jobs.clkd.steps=40")
 """AdamW makes a rounding in a small gradient as large as any: on other ranks it is soon another training."""
 CHAIN = (
@@ -38,16 +31,8 @@ CHAIN = (
 def write_recipe(run: Path, steps: int = STEPS, scenes: int = 12, shard_samples: int = 16) -> Path:
     """A whole recipe of tiny models on few scenes."""
     run.mkdir(parents=True, exist_ok=True)
-    changes = {
-        "run": {"dir": str(run)},
-        "benchmark": {"scenes": {"train": scenes}},
-        "targets": {"shard_samples": shard_samples},
-        "jobs": {"clkd": {"steps": steps, "checkpoint": {"every": EVERY}}},
-        "evaluation": EVALUATION,
-    }
     path = run.parent / f"{run.name}.yaml"
-    path.write_text(yaml.safe_dump(merge(TINY, changes), sort_keys=False))
-    return path
+    return recipes.write(path, recipes.chain(run, steps, EVERY, scenes, shard_samples))
 
 
 def site(cluster: Cluster) -> dict[str, str]:
@@ -58,10 +43,12 @@ def site(cluster: Cluster) -> dict[str, str]:
         "CLKD_LOCAL": str(cluster.folder / "local"),
         "CLKD_INTERFACE": "eth0",
         "CLKD_COLLECTIVE_TIMEOUT_S": "300",
+        "CLKD_OPS": os.environ.get("TORCH_EXTENSIONS_DIR", ""),
         "DS_ACCELERATOR": "cpu",
         "DS_CONFIG": "ds_configs/cpu_smoke.json",
         "OMP_NUM_THREADS": "1",
         "PATH": os.environ["PATH"],
+        "TORCHDYNAMO_DISABLE": "1",  # a compiler that DeepSpeed imports for 2 s of CPU, and nothing here uses
     }
 
 
@@ -93,10 +80,12 @@ class Training:
     run: Path
     recipe: Path
     job: str = ""
+    lane: Lane | None = None
 
     def start(self, *options: str, words: tuple[str, ...] = (), **variables: str) -> str:
         """Submit `slurm/train.sbatch` with options of sbatch and overrides of the recipe; its job."""
-        options = (f"--output={self.recipe.parent}/train-%j.out", *(options or TWO_NODES))
+        options = self.lane.options(*options) if self.lane else options or TWO_NODES
+        options = (f"--output={self.recipe.parent}/train-%j.out", *options)
         words = ("job=clkd", *words)
         self.job = start_script(self.cluster, "train", self.recipe, *options, words=words, **variables)
         return self.job
@@ -114,6 +103,11 @@ class Training:
         assert found["JobState"] == state, self.story()
         assert restarts is None or int(found["Restarts"]) == restarts, self.story()
         return found
+
+    def nodes(self) -> list[str]:
+        """Of the running job, rank 0's first."""
+        found = self.cluster.wait_for(self.job, lambda found: found["JobState"] == "RUNNING")
+        return self.cluster.run("scontrol", "show", "hostnames", found["NodeList"]).stdout.split()
 
     def steps(self) -> list[int]:
         return [row["step"] for row in self.metrics()]
@@ -137,7 +131,7 @@ class Training:
 
     def logs(self, rank: int) -> list[str]:
         """Of every start of the job, in order."""
-        folders = sorted((self.run / "slurm" / "train-clkd").iterdir())
+        folders = sorted((self.run / "slurm" / "train-clkd").iterdir(), key=lambda f: list(map(int, f.name.split("-"))))
         return [log.read_text() for folder in folders if (log := folder / f"rank-{rank}.log").exists()]
 
     def first_steps(self) -> list[int]:

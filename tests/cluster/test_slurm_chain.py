@@ -3,12 +3,9 @@
 import json
 import re
 
-import pytest
+from tests.cluster.slurm_runs import CHAIN, STEPS, start_script, submit
+from tests.helpers.training import train
 
-from tests.cluster.slurm_runs import CHAIN, ROOT, SGD, STEPS, start_script, submit
-from tests.ranks.test_train import train
-
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 STAGES = [
     "scenes", "tokenizer", "model small", "train teacher", "model moe", "teacher", "hardness", "train clkd",
     "evaluate", "export", "report",
@@ -45,19 +42,6 @@ def test_two_nodes_equal_one_machine_bit_for_bit(training, undisturbed):
     (training.run / "recipe.yaml").write_text(training.recipe.read_text())
     train(training.run)  # torchrun, two ranks on this machine
     training.equals(undisturbed)
-
-
-@pytest.mark.parametrize("nodes", [2, 4])
-def test_experts_shared_between_nodes(training, undisturbed_sgd, tmp_path, nodes):
-    """Two ranks a node, the experts of a layer on four ranks: expert groups reach over two nodes."""
-    ds_json = json.loads((ROOT / "ds_configs" / "cpu_smoke.json").read_text())
-    ds_json["expert_parallel"]["autoep_size"] = 4
-    (tmp_path / "ep4.json").write_text(json.dumps(ds_json))
-    options = (f"--nodes={nodes}", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-    words = (*SGD, f"jobs.clkd.micro_batch_size={4 // nodes}")
-    training.start(*options, words=words, DS_CONFIG=str(tmp_path / "ep4.json"))
-    training.wait(restarts=0)
-    training.close_to(undisturbed_sgd)
 
 
 def test_only_what_is_missing_is_submitted(cluster, chain_run):

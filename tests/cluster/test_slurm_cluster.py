@@ -1,13 +1,9 @@
 """The cluster that the tests of the job scripts run on: is it one?"""
 
-import pytest
-
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
-
 
 def test_jobs_run_on_every_node(cluster):
-    done = cluster.run("srun", "-N4", "hostname")
-    assert sorted(done.stdout.split()) == ["node1", "node2", "node3", "node4"]
+    done = cluster.run("srun", f"-N{cluster.nodes}", "hostname")
+    assert sorted(done.stdout.split()) == [f"node{number}" for number in range(1, cluster.nodes + 1)]
 
 
 def test_nodes_see_each_other_by_name_and_have_disks_of_their_own(cluster):

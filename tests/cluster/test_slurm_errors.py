@@ -1,17 +1,12 @@
 """What people meet on a cluster: each gives one message that names the fix, where a person looks for it."""
 
 import re
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
-
-from tests.cluster.slurm_runs import CHAIN, ROOT, SMALL_STEP, site, start_script, submit
-
-pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+from tests.cluster.lanes import SMALL_STEP
+from tests.cluster.slurm_runs import CHAIN, ROOT, site, start_script, submit
 
 
 def refused(done, *texts):
@@ -52,13 +47,13 @@ def test_the_environment_is_missing_on_a_node(cluster, training):
 
 
 def test_nodes_run_different_code(cluster, training, tmp_path):
-    changed = tmp_path / "report.py"
-    changed.write_text((ROOT / "pipeline" / "report" / "stage.py").read_text() + "\n")
-    cluster.on_node("node2", "mount", "--bind", changed, ROOT / "pipeline" / "report" / "stage.py")
+    module, changed = ROOT / "pipeline" / "errors.py", tmp_path / "errors.py"
+    changed.write_text(module.read_text() + "\n")
+    cluster.on_node("node2", "mount", "--bind", changed, module)
     training.start("--nodes=2", *SMALL_STEP, "--nodelist=node[1-2]")
     failed(training, "the ranks do not run the same code:\n  pipeline: ", "Put project and environment on storage that")
     assert re.search(r"pipeline: \w{16} on node1, \w{16} on node2\n", training.state()["error"])
-    cluster.on_node("node2", "umount", ROOT / "pipeline" / "report" / "stage.py")
+    cluster.on_node("node2", "umount", module)
 
 
 def test_ranks_that_the_expert_groups_do_not_divide(cluster, training):
@@ -130,22 +125,6 @@ def test_a_failing_stage_stops_the_chain_and_says_why(cluster, training):
     assert re.search(r"last error, .*, train clkd:\n.*nosuch", status.stdout), status.stdout
     log = re.search(r"logs: (\S+)", status.stdout)
     assert log and (Path(log[1]) / "rank-0.log").is_file()
-
-
-def test_a_port_that_is_in_use():
-    """The script takes a free one; should another program be faster, the job is queued again and takes another."""
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = str(other.getsockname()[1])
-        ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        code = "from pipeline import errors; from pipeline.training import process as p; "
-        code += "errors.run_main(p.start_distributed)"
-        environment = {"DS_ACCELERATOR": "cpu", "CLKD_COLLECTIVE_TIMEOUT_S": "20", **ranks}
-        command = ["env", *(f"{k}={v}" for k, v in environment.items()), sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 75, done.stderr
-    assert f"port {port} is in use here. Start the job again with another MASTER_PORT" in done.stderr
 
 
 def test_the_same_run_is_not_submitted_twice(cluster, training):

@@ -1,34 +1,30 @@
-"""Trains a tiny MoE model under DeepSpeed; started by the slow tests with one process per rank.
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/helpers/engine_worker.py SPEC.json
-
-Writes what rank 0 saw (losses, gradient norms, conversion count, time) to the spec's `out` JSON and the final
-parameters to `out`.safetensors.
-"""
+"""A tiny MoE model trained under DeepSpeed on several ranks."""
 
 import json
-import os
-import sys
-import time
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pipeline.models import loading, moe, router
 from pipeline.training import checkpoint, engine_state
 from pipeline.training.engine import start
-from tests.helpers import tiny
+from tests.helpers import ranks, tiny
+
+
+def launch(folder: Path, count: int, **spec: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Train on `count` ranks as the spec says: (what rank 0 recorded, final parameters by Hugging Face's names)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks.run(main, spec | {"out": str(folder / "result")}, ranks=count)
+    return json.loads((folder / "result.json").read_text()), load_file(folder / "result.safetensors")
 
 
 def main(spec: dict[str, Any]) -> None:
+    """On each rank: writes losses, gradient norms and the conversion count to `out`.json, parameters beside it."""
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -46,23 +42,16 @@ def main(spec: dict[str, Any]) -> None:
         assert loaded.state["note"] == "kept"
         assert loaded.arrays["a"].tolist() == [1.0, 2.0]
         first = loaded.step
-    started = time.perf_counter()
     for step in range(first, spec["steps"]):
         history.append(_step(engine, probe, spec, step, rank, world))
         if step + 1 == spec.get("save_at"):
             import numpy as np
 
             checkpoint.save(engine, Path(spec["save"]), step + 1, {"note": "kept"}, {"a": np.array([1.0, 2.0])}, 2)
-    seconds = time.perf_counter() - started
     parameters = dict(engine_state.full_parameters(engine))
     if rank == 0:
-        result = {
-            "history": history,
-            "converted": converted,
-            "seconds": seconds,
-            "optimizer": type(engine.optimizer).__name__,
-        }
-        Path(spec["out"]).write_text(json.dumps(result))
+        result = {"history": history, "converted": converted, "optimizer": type(engine.optimizer).__name__}
+        Path(spec["out"] + ".json").write_text(json.dumps(result))
         save_file({k: v.clone() for k, v in parameters.items()}, spec["out"] + ".safetensors")
     dist.barrier()
     dist.destroy_process_group()
@@ -99,7 +88,3 @@ def _step(engine: Any, probe: router.RouterProbe, spec: dict[str, Any], step: in
         total += local.detach()
     dist.all_reduce(total)
     return [total.item() / count, float(engine.get_global_grad_norm() or 0), loads]
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

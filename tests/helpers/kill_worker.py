@@ -1,11 +1,4 @@
-"""Kills a saving process before each of its operations on files; started by test_checkpoint.py.
-
-    python tests/helpers/kill_worker.py FOLDER
-
-For each n a forked process with the checkpoints of steps 1 and 2 saves step 3, which prunes step 1, and kills itself
-with SIGKILL before its n-th operation on files, until one gets through. Prints the list of what `latest` named after
-each kill; ends with an error if that folder, or any other named as a checkpoint, is not whole.
-"""
+"""Kills a saving process before each of its operations on files."""
 
 import json
 import os
@@ -16,8 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch.distributed as dist
@@ -59,6 +50,12 @@ def save_until(engine: Any, root: Path, last: int) -> None:
 
 
 def main(folder: Path) -> None:
+    """For each n a fork with the checkpoints of steps 1 and 2 saves step 3, which prunes step 1, and kills itself with
+    SIGKILL before its n-th operation on files, until one gets through.
+
+    Prints the list of what `latest` named after each kill; ends with an error if that folder, or any other named as a
+    checkpoint, is not whole.
+    """
     # One rank's collectives do nothing; torch's fake group has no threads that a fork would lose.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     engine = single_rank.engine(tiny.moe_model())
@@ -78,7 +75,3 @@ def main(folder: Path) -> None:
             checkpoint_folder.verify(path)
         newest.append(named.name)
     print(json.dumps(newest))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

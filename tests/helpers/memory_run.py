@@ -1,6 +1,4 @@
-"""What a real training step allocates on one rank, by part; also a worker that torchrun starts.
-
-    python -m torch.distributed.run --nproc_per_node 2 tests/helpers/memory_run.py SPEC.json
+"""What a real training step allocates on one rank, by part.
 
 Live tensors are counted by storage, each once: weights are the module's parameters (under ZeRO-3 their partitions),
 gradients what backward left for the optimizer, optimizer the master weights and moments. Activations are the storages
@@ -10,17 +8,10 @@ that autograd saves in the forward, parameters left out. The peak is that of the
 import contextlib
 import gc
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("LOCAL_RANK", "0")
 
 import deepspeed
 import torch
@@ -238,6 +229,7 @@ def peak(profiler: Any) -> int:
 
 
 def main(runs: list[dict[str, Any]], out: Path) -> None:
+    """On each rank: writes the largest figures of any rank, run by run."""
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     results = []
@@ -249,8 +241,3 @@ def main(runs: list[dict[str, Any]], out: Path) -> None:
         out.write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    main(given["runs"], Path(given["out"]))

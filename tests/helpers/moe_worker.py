@@ -1,21 +1,9 @@
-"""Trains and generates with one MoE layer after another, on as many ranks as it is started with.
-
-    python -m torch.distributed.run --nproc_per_node 4 tests/helpers/moe_worker.py SPEC.json
-
-The spec's `runs` train tests/helpers/uneven.py's batches one after another, `generate` answers a corpus. Writes what
-rank 0 saw to the spec's `out` and the final parameters of each run to `out`.NAME.safetensors.
-"""
+"""Training and generating with one MoE layer after another, on as many ranks as call it."""
 
 import json
-import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 import torch
@@ -33,6 +21,10 @@ from tests.helpers import tiny, tiny_data, uneven
 
 
 def main(spec: dict[str, Any]) -> None:
+    """On each rank: `runs` train tests/helpers/uneven.py's batches one after another, `generate` answers a corpus.
+
+    Writes what rank 0 saw to the spec's `out` and the final parameters of each run to `out`.NAME.safetensors.
+    """
     torch.set_num_threads(1)
     deepspeed.init_distributed()
     result: dict[str, Any] = {"runs": {}}
@@ -135,7 +127,3 @@ def _answers(run: dict[str, Any]) -> dict[str, str]:
     engine.eval()
     samples = uneven.questions(folder / "corpus.png", run["samples"])
     return generate.shared_answers(engine.module, processor, samples, batch_size=2, max_new_tokens=uneven.NEW_TOKENS)
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

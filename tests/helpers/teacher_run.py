@@ -9,36 +9,19 @@ from pipeline.benchmark.random_models import build
 from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.models.loading import load_model, save_model
-from pipeline.recipe import RandomModelConfig, Recipe, TextSize, VisionSize, load_recipe
-from tests.helpers.tiny_data import DATA, corpus, make_processor, save_image
+from pipeline.recipe import RandomModelConfig, Recipe, load_recipe
+from tests.helpers import recipes
+from tests.helpers.tiny_data import corpus, make_processor, save_image
 
 SAMPLES, SHARD, TOP_K, TEMPERATURE = 41, 10, 16, 2.0
-TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8)  # fmt: skip
-VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
-SIZES = RandomModelConfig(text=TEXT, vision=VISION)
+SIZES = RandomModelConfig.model_validate(recipes.SIZES)
+TARGETS = {
+    "dtype": "float32", "top_k": TOP_K, "temperature": TEMPERATURE, "shard_samples": SHARD, "batch_size": 4,
+}  # fmt: skip
 
 
 def write_recipe(run: Path) -> Path:
-    path = run / "recipe.yaml"
-    path.write_text(
-        json.dumps(
-            {
-                "run": {"dir": str(run), "device": "cpu"},
-                "data": {**DATA, "format": "chat", "root": str(run / "data"), "train_split": "train"},
-                "benchmark": {"models": {"teacher": SIZES.model_dump(mode="json")}},
-                "targets": {
-                    "teacher": "models.teacher",
-                    "dtype": "float32",
-                    "top_k": TOP_K,
-                    "temperature": TEMPERATURE,
-                    "shard_samples": SHARD,
-                    "batch_size": 4,
-                },
-            }
-        )
-    )
-    return path
+    return recipes.write(run / "recipe.yaml", recipes.chat(run, "train", TARGETS))
 
 
 def write_data(root: Path) -> None:
@@ -69,10 +52,6 @@ def elsewhere(run: Path, store: Path, *overrides: str) -> Recipe:
     return load_recipe(run / "recipe.yaml", [f"targets.store={store}", *overrides])
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in root.iterdir()}
-
-
 def parts(recipe):
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split)
@@ -90,7 +69,7 @@ def alone(model, processor, sample):
     logits = model(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=encoded.pixel_values,
+        pixel_values=encoded.pixel_values.to(model.dtype),
         image_grid_thw=encoded.image_grid_thw,
         mm_token_type_ids=(ids == processor.image_token_id).long(),
     ).logits[0]

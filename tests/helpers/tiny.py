@@ -1,14 +1,8 @@
 """Tiny Qwen3-VL models, uneven batches and a plain torch trainer that the parallel ones are compared with."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
@@ -181,27 +175,3 @@ def reference_run(
         optimizer.step()
         history.append((loss.item(), norm.item()))
     return history
-
-
-def launch(folder: Path, ranks: int, **spec: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Run engine_worker.py with one process per rank: (what rank 0 recorded, final parameters by HF name)."""
-    out = run_ranks("engine_worker.py", folder, ranks, spec)
-    return json.loads(out.read_text()), load_file(f"{out}.safetensors")
-
-
-def run_ranks(worker: str, folder: Path, ranks: int, spec: dict[str, object]) -> Path:
-    """Start a worker script with one process per rank and wait for it; the file that its spec's `out` names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    out = folder / "result.json"
-    (folder / "spec.json").write_text(json.dumps(spec | {"out": str(out)}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name(worker)), str(folder / "spec.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out

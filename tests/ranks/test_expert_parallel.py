@@ -20,9 +20,8 @@ from pipeline.evaluation.generate import answers, open_model
 from pipeline.models.loading import save_model
 from pipeline.models.student import upcycle
 from pipeline.recipe import RandomModelConfig, TextSize, UpcycleConfig, VisionSize
-from tests.helpers import tiny, tiny_data, uneven
+from tests.helpers import moe_worker, ranks, tiny_data, uneven
 
-pytestmark = pytest.mark.slow
 STEPS, EMPTY, SAMPLES = 5, (3, 7), 7
 """Rank 3 has samples 3 and 7. Seven questions: the shares of four ranks differ."""
 COMMON: dict[str, Any] = {"steps": STEPS, "empty": EMPTY, "starved": True}
@@ -79,7 +78,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
         "generate": SHARED,
         "answers": {"native": SHARED["native"] | {"folder": str(folder), "samples": SAMPLES}},
     }
-    out = tiny.run_ranks("moe_worker.py", folder, 4, spec)
+    out = folder / "result.json"
+    ranks.run(moe_worker.main, spec | {"out": str(out)}, ranks=4)
     return Launched(out, json.loads(out.read_text()), folder)
 
 

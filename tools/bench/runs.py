@@ -22,7 +22,7 @@ from pipeline.data.readers import read_samples
 from pipeline.models.loading import save_model
 from pipeline.recipe import Recipe, load_recipe
 
-DEMO = Path(__file__).parent.parent / "pipeline" / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "pipeline" / "recipes" / "demo.yaml"
 LOGIT_STD = 5.0
 """Standard deviation of a peaky model's logits: an entropy of a few nats over 151,936 tokens."""
 Figures = dict[str, object]

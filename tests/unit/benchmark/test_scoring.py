@@ -28,6 +28,7 @@ def best_constant(score, golds):
     return best
 
 
+@pytest.mark.slow
 def test_the_best_constant_answer_scores_below_030(scenes):
     golds = [describe(s, "by class") for s in scenes]
     general = best_constant(lambda answer, gold: class_f1([(answer, g) for g in gold]), golds)

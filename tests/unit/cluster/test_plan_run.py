@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen3VLConfig
 
@@ -19,7 +18,7 @@ from pipeline.models.cost import flops
 from pipeline.models.cost.activations import Load, Settings
 from pipeline.models.families import without_weights
 from pipeline.recipe import Recipe, load_recipe
-from tests.helpers import tiny
+from tests.helpers import recipes, tiny
 from tests.helpers.paths import ROOT
 from tools.bench.runs import make_run
 
@@ -32,18 +31,7 @@ def large_recipe(folder: Path) -> Path:
     """A job on a Qwen3-VL-8B-shaped checkpoint of which only config.json is there, upcycled."""
     dense = Qwen3VLConfig(text_config=LARGE, vision_config=TOWER, tie_word_embeddings=False)
     dense.save_pretrained(str(folder / "8b"))
-    raw = {
-        "run": {"dir": str(folder / "run")},
-        "data": {"format": "chat", "root": str(folder), "max_pixels": 602_112, "max_length": 4096},
-        "models": {"dense": {"path": str(folder / "8b")}, "moe": {"upcycle": {"source": "models.dense"}}},
-        "targets": {"teacher": "models.dense", "top_k": 64},
-        "jobs": {"clkd": {"init": "models.moe", "steps": 2000, "trainable": "all"}},
-        "job": "clkd",
-    }
-    raw["jobs"]["clkd"] |= {"distill": {}, "batch": {"global_size": 256, "micro_size": 2}}
-    raw["jobs"]["clkd"] |= {"performance": {"activation_checkpointing": False}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    return folder / "recipe.yaml"
+    return recipes.write(folder / "recipe.yaml", recipes.large(folder, folder / "8b"))
 
 
 def test_a_large_job_is_planned_without_its_weights(tmp_path, capsys):

@@ -4,7 +4,7 @@ import torch
 
 from pipeline.data.shipping import loaded, pack, unpack
 from pipeline.targets.soft_targets import SoftTargets
-from tests.unit.targets.test_targets import random_targets
+from tests.helpers.soft_targets import random_targets
 
 
 def test_values_come_back_and_may_be_written_to():

@@ -1,4 +1,7 @@
+import contextlib
+import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,12 +19,11 @@ from pipeline.evaluation.results import Row, bars
 from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
-from pipeline.recipe import RandomModelConfig, TextSize, UpcycleConfig, VisionSize, load_recipe
-from tests.helpers.tiny_data import DATA, corpus, make_processor, save_image
+from pipeline.recipe import RandomModelConfig, UpcycleConfig, load_recipe
+from tests.helpers import recipes
+from tests.helpers.tiny_data import corpus, make_processor, save_image
 
-TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8)  # fmt: skip
-VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=2, num_heads=2, patch_size=16)
+SIZES = RandomModelConfig.model_validate(recipes.SIZES)
 TASKS, SLICES, NEW_TOKENS = ("general", "region", "suggestion"), ("regular", "corner"), 12
 CPU = torch.device("cpu")
 
@@ -32,19 +34,9 @@ def write_recipe(run: Path) -> Path:
         {"name": "teacher, blind", "model": "models.teacher", "blind": True},
         {"name": "MoE student CLKD", "model": "models.moe"},
     ]
-    sizes = {"text": TEXT.model_dump(), "vision": VISION.model_dump(mode="json")}
-    recipe = {
-        "run": {"dir": str(run), "device": "cpu", "seed": 7},
-        "data": {**DATA, "format": "chat", "root": str(run / "data"), "test_split": "test"},
-        "benchmark": {"models": {"teacher": sizes}},
-        "models": {"moe": {"upcycle": {"source": "models.teacher"}}},
-        "targets": {"teacher": "models.teacher"},
-        "evaluation": {"rows": rows, "batch_size": 5, "max_new_tokens": NEW_TOKENS, "latency_samples": 2,
-                       "latency_repeats": 2},
-    }  # fmt: skip
-    path = run / "recipe.yaml"
-    path.write_text(json.dumps(recipe))
-    return path
+    settings = {"rows": rows, "batch_size": 5, "max_new_tokens": NEW_TOKENS, "latency_samples": 2, "latency_repeats": 2}
+    models = {"moe": {"upcycle": {"source": "models.teacher"}}}
+    return recipes.write(run / "recipe.yaml", recipes.chat(run, "test", {}, models=models, evaluation=settings))
 
 
 def write_data(root: Path) -> None:
@@ -75,9 +67,7 @@ def run(tmp_path_factory):
     run = tmp_path_factory.mktemp("evaluate") / "run"
     processor = make_processor(run / "processor")
     write_data(run / "data")
-    save_model(
-        lively(build(RandomModelConfig(text=TEXT, vision=VISION), processor, 0)), processor, run / "models/teacher"
-    )
+    save_model(lively(build(SIZES, processor, 0)), processor, run / "models/teacher")
     config = UpcycleConfig(source="models.teacher", router_noise=1.0, expert_noise=0.5)
     upcycle(run / "models/teacher", run / "models/moe", config, seed=0)
     write_recipe(run)
@@ -89,12 +79,32 @@ def shared(run):
     return Evaluation(load_recipe(run / "recipe.yaml"))
 
 
-@pytest.fixture
-def recipe(run, tmp_path):
+def elsewhere(run, folder):
     """The same models and data with a run folder of its own."""
     for name in ("models", "processor", "data"):
-        (tmp_path / name).symlink_to(run / name)
-    return load_recipe(run / "recipe.yaml", [f"run.dir={tmp_path}"])
+        (folder / name).symlink_to(run / name)
+    return load_recipe(run / "recipe.yaml", [f"run.dir={folder}"])
+
+
+@pytest.fixture
+def recipe(run, tmp_path):
+    return elsewhere(run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(run, tmp_path_factory):
+    """(run folder that was evaluated once, what the stage printed)."""
+    recipe, printed = elsewhere(run, tmp_path_factory.mktemp("first")), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        clkd(["evaluate", str(run / "recipe.yaml"), f"run.dir={recipe.run.dir}"])
+    return recipe.run.dir, printed.getvalue()
+
+
+@pytest.fixture
+def evaluated(first, recipe):
+    """A run that has been evaluated, to go on with."""
+    shutil.copytree(first[0] / "evaluation", recipe.run.dir / "evaluation")
+    return recipe
 
 
 def single(processor, sample, **options):
@@ -145,7 +155,7 @@ def test_the_timed_loop_gives_generates_tokens(shared, run):
 def test_the_expert_loop_equals_eager(shared, tokens):
     model = shared.open("models.moe")
     block = next(m for m in model.modules() if hasattr(m, "experts"))
-    hidden = torch.randn(1, tokens, TEXT.hidden_size, generator=torch.Generator().manual_seed(tokens))
+    hidden = torch.randn(1, tokens, SIZES.text.hidden_size, generator=torch.Generator().manual_seed(tokens))
     with torch.no_grad():
         ours = block(hidden)
         use_experts(model, "eager")
@@ -285,15 +295,15 @@ def test_the_table_is_aligned():
     assert lines[1].split()[1:3] == ["80.0", "-"]
 
 
-def test_the_stage_writes_what_it_prints(recipe, run, capsys):
-    clkd(["evaluate", str(run / "recipe.yaml"), f"run.dir={recipe.run.dir}"])
-    content = json.loads((recipe.run.dir / "results.json").read_text())
+def test_the_stage_writes_what_it_prints(first):
+    folder, printed = first
+    content = json.loads((folder / "results.json").read_text())
     teacher, blind, moe = content["rows"]
     assert [r["slug"] for r in content["rows"]] == ["teacher", "teacher_blind", "moe_student_clkd"]
     assert [r["blind"] for r in content["rows"]] == [False, True, False]
     assert teacher["speedup_vs_teacher"] == 1.0
     assert (teacher["blind_regular"], teacher["blind_corner"]) == (blind["regular"], blind["corner"])
-    alone = json.loads((recipe.run.dir / "evaluation" / "moe_student_clkd_blind.json").read_text())
+    alone = json.loads((folder / "evaluation" / "moe_student_clkd_blind.json").read_text())
     assert alone["blind"] and alone["scores"]["corner"]["mean"] == moe["blind_corner"]
     assert all(teacher[key] == blind[key] for key in ("ttft_ms", "tpot_ms", "e2e_ms", "params_total")), "one model"
     assert moe["params_active"] < moe["params_total"]
@@ -301,13 +311,12 @@ def test_the_stage_writes_what_it_prints(recipe, run, capsys):
     assert content["config"]["evaluation"]["max_new_tokens"] == NEW_TOKENS
     assert content["machine"]["torch"] == torch.__version__
     for line in content["rows"]:
-        record = json.loads((recipe.run.dir / "evaluation" / f"{line['slug']}.json").read_text())
+        record = json.loads((folder / "evaluation" / f"{line['slug']}.json").read_text())
         assert record["scores"] == line["scores"]
         assert {(s["task"], s["slice"]) for s in record["samples"]} == {(t, p) for t in TASKS for p in SLICES}
         assert line["regular"] == pytest.approx(sum(line["scores"]["regular"][t] for t in TASKS) / 3)
-    timings = json.loads((recipe.run.dir / "evaluation/latency.json").read_text())["timings"]
+    timings = json.loads((folder / "evaluation/latency.json").read_text())["timings"]
     assert {name: len(rows) for name, rows in timings.items()} == {"models.teacher": 4, "models.moe": 4}
-    printed = capsys.readouterr().out
     assert "MoE student CLKD" in printed
     assert "clkd_speedup" in printed
     assert "32 forced new tokens, 2 samples x 2 repeats, 1 thread(s), expert loop of MoE models: by_expert" in printed
@@ -326,6 +335,7 @@ def opened(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_finished_rows_are_used_again_and_only_those(recipe, opened):
     first = evaluate(recipe)
     assert opened == ["teacher", "teacher", "moe", "moe", "teacher", "moe"]
@@ -349,15 +359,15 @@ def changed(recipe, **settings):
     return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=settings)})
 
 
-def test_new_weights_are_evaluated_anew(recipe, run, opened):
-    evaluate(recipe)
+@pytest.mark.slow
+def test_new_weights_are_evaluated_anew(evaluated, run, opened):
+    recipe = evaluated
     (recipe.run.dir / "models").unlink()
     for name in ("teacher", "moe"):
         folder = recipe.run.dir / "models" / name
         folder.mkdir(parents=True)
         for path in (run / "models" / name).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-    opened.clear()
     evaluate(recipe)
     assert opened == [], "the same bytes elsewhere"
     [path] = (recipe.run.dir / "models/moe").glob("*.safetensors")
@@ -368,9 +378,8 @@ def test_new_weights_are_evaluated_anew(recipe, run, opened):
     assert opened == ["moe", "moe", "teacher", "moe"]
 
 
-def test_rescoring_does_not_need_the_models(recipe, opened, monkeypatch):
-    evaluate(recipe)
-    opened.clear()
+def test_rescoring_does_not_need_the_models(evaluated, opened, monkeypatch):
+    recipe = evaluated
     monkeypatch.setattr(stage, "score_all", lambda records: {"regular": {"mean": 0.25}, "corner": {"mean": 0.75}})
     assert {(r["regular"], r["corner"]) for r in evaluate(recipe)["rows"]} == {(0.25, 0.75)}
     assert opened == []

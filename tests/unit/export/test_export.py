@@ -1,7 +1,6 @@
 """Exports: an ordinary Hugging Face folder that is the trained model, bit for bit. Foreign code is never run."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -360,10 +359,28 @@ def answering(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]
     return folder, engine, processor
 
 
+@pytest.fixture(scope="module")
+def answered(answering: tuple[Path, Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the exports by dtype, for each of which a process without this project has answered."""
+    folder, engine, _ = answering
+    out = tmp_path_factory.mktemp("answered")
+    template = export.template_files(folder / "start", folder / "processor")
+    for dtype in ("float32", "bfloat16"):
+        config = json.loads(template["config.json"]) | {"dtype": dtype}
+        wanted = template | {"config.json": json.dumps(config).encode()}
+        saved = checkpoint.save(engine, out / f"saved-{dtype}", 2, {}, {}, 1, wanted)
+        assert export.write_hf(saved, out / dtype).dtype == dtype
+    command = [sys.executable, "-I", str(HELPERS / "plain_transformers.py"), str(folder / "image.png")]
+    command += [QUESTION, str(TOKENS), str(out / "float32"), str(out / "bfloat16")]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_another_process_with_plain_transformers_answers_alike(
-    answering: tuple[Path, Any, Any], tmp_path: Path, dtype: str
+    answering: tuple[Path, Any, Any], answered: Path, dtype: str
 ) -> None:
     """Logits on an image and text, and the greedy answer.
 
@@ -371,19 +388,8 @@ def test_another_process_with_plain_transformers_answers_alike(
     trained tensors rounded and put in, exactly.
     """
     folder, engine, processor = answering
-    template = export.template_files(folder / "start", folder / "processor")
-    config = json.loads(template["config.json"]) | {"dtype": dtype}
-    saved = checkpoint.save(engine, tmp_path, 2, {}, {}, 1, template | {"config.json": json.dumps(config).encode()})
-    report = export.write_hf(saved, tmp_path / "out")
-    assert report.dtype == dtype
-    command = [sys.executable, "-I", str(HELPERS / "plain_transformers.py")]
-    arguments = [str(tmp_path / "out"), str(folder / "image.png"), QUESTION, str(TOKENS), str(tmp_path / "answer")]
-    done = subprocess.run(
-        [*command, *arguments], cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    theirs = json.loads((tmp_path / "answer.json").read_text())
-    logits = load_file(tmp_path / "answer.safetensors")["logits"]
+    theirs = json.loads((answered / dtype / "answer.json").read_text())
+    logits = load_file(answered / dtype / "answer.tensors")["logits"]
 
     sample = corpus(folder / "image.png")[0]
     prompt: dict[str, Any] = dict(

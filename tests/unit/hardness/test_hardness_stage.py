@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import re
 import shutil
 from html import unescape
@@ -29,8 +28,8 @@ from pipeline.targets.soft_targets import from_logits
 from pipeline.targets.store import write_targets
 from pipeline.teacher.stage import run_pass
 from pipeline.training import checkpoint
-from tests.helpers import single_rank, tiny
-from tests.helpers.teacher_run import SAMPLES, SIZES, make_run, parts
+from tests.helpers import recipes, single_rank, tiny
+from tests.helpers.teacher_run import SAMPLES, SIZES, TARGETS, make_run, parts
 
 TOP_K = 16
 
@@ -47,13 +46,9 @@ def run(tmp_path_factory):
 
 def _make(folder):
     run = make_run(folder)
-    path = run / "recipe.yaml"
-    recipe = json.loads(path.read_text())
-    recipe["targets"] |= {"temperature": 1.0, "sketches": {"layer": 1, "dim": 64}}
-    models = recipe["benchmark"]["models"]
-    models["student"] = models["teacher"]
-    path.write_text(json.dumps(recipe))
-    recipe = load_recipe(path)
+    targets = TARGETS | {"temperature": 1.0, "sketches": {"layer": 1, "dim": 64}}
+    chat = recipes.chat(run, "train", targets, random=["student"])
+    recipe = load_recipe(recipes.write(run / "recipe.yaml", chat))
     processor = parts(recipe)[0]
     model = random_models.build(SIZES, processor, seed=1)
     model.model.language_model.norm.weight.data.mul_(30.0)
@@ -132,12 +127,9 @@ def constructed(run, tmp_path_factory):
     """
     copy = tmp_path_factory.mktemp("constructed") / "run"
     shutil.copytree(run, copy)
-    text = (copy / "recipe.yaml").read_text().replace(str(run), str(copy))
-    recipe = json.loads(text)
-    recipe["targets"].pop("sketches")
-    recipe["targets"]["store"] = str(copy / "by-hand")
-    (copy / "recipe.yaml").write_text(json.dumps(recipe))
-    recipe = load_recipe(copy / "recipe.yaml")
+    targets = TARGETS | {"temperature": 1.0, "store": str(copy / "by-hand")}
+    chat = recipes.chat(copy, "train", targets, random=["student"])
+    recipe = load_recipe(recipes.write(copy / "recipe.yaml", chat))
     processor, samples, _ = parts(recipe)
     model = loading.load_model(copy / "models" / "student")
     golds, logits = {}, {}

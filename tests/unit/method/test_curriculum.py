@@ -249,7 +249,10 @@ def test_a_limit_that_proves_too_low_is_raised():
     assert np.bincount(stratum[order], minlength=2)[1] >= 0.5 * 3000 / 7
 
 
-@pytest.mark.parametrize(("beta", "floor", "size"), [(1.0, 0.5, 25), (-1.5, 0.0, 40), (2.0, 0.9, 16), (3.0, 1.0, 50)])
+@pytest.mark.parametrize(
+    ("beta", "floor", "size"),
+    [(1.0, 0.5, 25), (-1.5, 0.0, 40), (2.0, 0.9, 16), pytest.param(3.0, 1.0, 50, marks=pytest.mark.slow)],
+)
 def test_no_sample_waits_longer_than_the_bound(beta, floor, size):
     """From any history: visits that put some samples far behind must not keep them out for good."""
     rng = np.random.default_rng(size)

@@ -124,6 +124,7 @@ def engine_with_map(layer: int | None, stage: int = 1, **job: Any) -> StepContex
 
 
 SGD = {"kind": "sgd", "lr": 0.5, "grad_clip": 0.0}
+SLOW = pytest.mark.slow
 
 
 # -- one process, one sample at a time -----------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def pool(values: list[float]) -> float:
     return float(0.5 * np.mean(values) + 0.5 * np.mean(hardest))
 
 
-@pytest.mark.parametrize(("stage", "layer"), [(0, 2), (1, 2), (1, 4), (2, 3), (3, 2)])
+@pytest.mark.parametrize(("stage", "layer"), [(0, 2), (1, 2), (1, 4), (2, 3), pytest.param(3, 2, marks=SLOW)])
 def test_every_zero_stage_trains_w_and_student_like_plain_torch(stores: Any, stage: int, layer: int) -> None:
     """Two micro-batches, uneven samples, some released from either term; layer 4 of 4 is what the head reads."""
     plain = tiny.moe_model().train()
@@ -237,7 +238,7 @@ def test_weight_zero_is_the_same_as_no_features() -> None:
     assert StepContext(None, None, None, 2, None, config, 1.0, 0.0, 1.0).features is None  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(3, marks=SLOW)])
 def test_resumed_equals_uninterrupted(stores: Any, tmp_path: Any, stage: int) -> None:
     """AdamW and clipping; W and its moments come back with everything else."""
     context = engine_with_map(2, stage, lr=0.01)

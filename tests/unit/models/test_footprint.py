@@ -1,117 +1,25 @@
-"""Planned bytes against a real DeepSpeed engine's, part by part; the formulae against brute force."""
-
-import json
-from pathlib import Path
-from typing import Any
+"""The formulae of planned bytes against brute force; tests/ranks/test_memory.py measures real engines."""
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from pipeline.cluster.plan import make_plan, shapes
+from pipeline.cluster.plan import shapes
 from pipeline.models import upcycling
 from pipeline.models.cost import footprint
 from pipeline.models.cost.activations import Load, Settings, activations
 from pipeline.models.cost.footprint import Spread, Weight
 from pipeline.models.families import DENSE_FAMILIES, auto_class
 from pipeline.recipe import UpcycleConfig
-from tests.helpers import memory_run, tiny
-from tests.unit.models import test_families
-
-TEXT: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "moe_intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "vocab_size": 1000,
-    "rope_parameters": tiny.TEXT["rope_parameters"] | {"mrope_section": [4, 2, 2]},
-}
-VISION = {"hidden_size": 64, "intermediate_size": 160, "out_hidden_size": 128, "depth": 3, "num_heads": 4}
-LOAD = {"sequences": 2, "length": 128, "side": 12, "answers": 32}
-TOLERANCE = 0.10
-
-
-def spec(
-    ranks: int, stage: int, *, ep: int = 1, bf16: bool = False, float32_gradients: bool = False, steps: int = 1,
-    trainable: str = "all", **more: object,
-) -> dict[str, Any]:  # fmt: skip
-    """A run that `memory_run` measures. `steps`: of accumulation."""
-    job = {"steps": 5, "micro_size": LOAD["sequences"], "trainable": trainable}
-    job |= {"global_size": LOAD["sequences"] * steps * ranks, "grad_clip": 0.0 if stage == 0 else 1.0}
-    zero = {"stage": stage, "reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 300}
-    raw = {"zero_optimization": zero, "bf16": {"enabled": bf16}, "steps_per_print": 10**9}
-    raw["expert_parallel"] = {"enabled": True, "autoep_size": ep}
-    if float32_gradients:
-        raw |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32" if stage == 1 else "bf16"}
-    sizes = {"text": TEXT, "vision": VISION, "load": LOAD, "attention": "eager"}
-    return sizes | {"deepspeed": raw, "job": job} | more
-
-
-def planned(run: dict[str, Any], ranks: int) -> dict[str, int]:
-    """What the plan says of the run's parts, without its weights."""
-    with torch.device("meta"):
-        model = memory_run.build(run)
-    images = LOAD["sequences"]
-    load = Load(images, LOAD["length"], images * LOAD["side"] ** 2, images, images * LOAD["answers"])
-    job = tiny.job(**run["job"], activation_checkpointing=run.get("checkpointing", False))
-    plan = make_plan(model, job, run["deepspeed"], ranks, load, attention=run["attention"], on_cpu=True)
-    parts = {name: getattr(plan.state, name) for name in ("weights", "gradients", "optimizer")}
-    return parts | {"activations": plan.kept.saved, "peak": plan.peak, "all_to_all": plan.all_to_all}
-
-
-def compare(run: dict[str, Any], ranks: int, measured: dict[str, float]) -> None:
-    """Every part within the tolerance, and no other tensors of any size."""
-    plan, ep = planned(run, ranks), run["deepspeed"]["expert_parallel"]["autoep_size"]
-    for part in ("weights", "gradients", "optimizer", "activations", "peak"):
-        assert plan[part] == pytest.approx(measured[part], rel=TOLERANCE), (run["deepspeed"], part)
-    assert measured["rest"] < 0.01 * measured["weights"]
-    if ep > 1:  # measured is what a rank puts in, rows for itself included; balanced routing leaves 1 / ep at home
-        assert plan["all_to_all"] * ep / (ep - 1) == pytest.approx(measured["all_to_all"], rel=TOLERANCE)
-
-
-ONE_RANK = {
-    "zero0_bf16": spec(1, 0, bf16=True),
-    "zero1": spec(1, 1),
-    "zero1_frozen": spec(1, 1, trainable="mlp_and_router"),
-    "zero2_bf16_sdpa": spec(1, 2, bf16=True, attention="sdpa", steps=2),
-    "zero3_checkpointing": spec(1, 3, checkpointing=True),
-    "zero1_bf16_float32_gradients": spec(1, 1, bf16=True, float32_gradients=True, steps=2),
-    "zero2_bf16_float32_gradients": spec(1, 2, bf16=True, float32_gradients=True),
-    "zero3_bf16_float32_gradients": spec(1, 3, bf16=True, float32_gradients=True, steps=2),
-}
-NATIVE = spec(2, 1, ep=2)
-NATIVE["job"] |= {"layer": "native", "native": {"drop_tokens": True}}
-TWO_RANKS = [
-    spec(2, 1, ep=2, steps=2), spec(2, 2, bf16=True), spec(2, 3, ep=2), NATIVE,
-    *(spec(2, stage, ep=2, bf16=True, float32_gradients=True, steps=2) for stage in (1, 2, 3)),
-]  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ONE_RANK)
-def test_plan_of_one_rank(name: str) -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    compare(ONE_RANK[name], 1, memory_run.run(ONE_RANK[name]))
-
-
-@pytest.mark.slow
-def test_plan_of_two_ranks(tmp_path: Path) -> None:
-    out = tiny.run_ranks("memory_run.py", tmp_path, 2, {"runs": TWO_RANKS})
-    for run, measured in zip(TWO_RANKS, json.loads(out.read_text()), strict=True):
-        compare(run, 2, measured)
+from tests.helpers import families, memory_run, tiny
 
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES, ids="-".join)
 def test_activations_of_every_family(family: tuple[str, str]) -> None:
     """Against what autograd saves in plain transformers, logits of all positions and no loss."""
     settings = UpcycleConfig(source="x", experts=4, top_k=2, every=2)
-    config = upcycling.moe_config(upcycling.plan(test_families.dense_config(family), settings, "x"))
+    config = upcycling.moe_config(upcycling.plan(families.dense_config(family), settings, "x"))
     model = auto_class(config).from_config(config, attn_implementation="eager").train()
-    inputs, held = test_families.inputs(config), []
+    inputs, held = families.inputs(config), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
         model(**inputs, use_cache=False)
     saved = memory_run.without(memory_run.storages(held), memory_run.storages(model.parameters()))

@@ -36,7 +36,7 @@ def logits(folder: Path) -> torch.Tensor:
         return model(**tiny.global_batch()[0]).logits
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_exact_copies_compute_the_dense_function(dense_dir: Path, tmp_path: Path, every: int) -> None:
     report = upcycle(dense_dir, tmp_path / "moe", settings(every=every), seed=0)
     torch.testing.assert_close(logits(tmp_path / "moe"), logits(dense_dir), rtol=0, atol=1e-5)
@@ -90,6 +90,7 @@ def test_noise_is_relative_differs_and_is_reported(dense_dir: Path, tmp_path: Pa
     assert 0 < report.logit_change.mean < report.logit_change.mean_logit_size
 
 
+@pytest.mark.slow
 def test_perturbed_experts_give_the_router_a_gradient(dense_dir: Path, tmp_path: Path) -> None:
     """Identical copies leave it dead: the reason for `expert_noise`."""
     sizes = []
@@ -102,7 +103,10 @@ def test_perturbed_experts_give_the_router_a_gradient(dense_dir: Path, tmp_path:
     assert sizes[0] < 1e-4 * sizes[1]
 
 
-@pytest.mark.parametrize(("width", "experts", "top_k"), [(1 / 6, 12, 6), (1 / 2, 4, 2), (1 / 2, 8, 4)])
+@pytest.mark.parametrize(
+    ("width", "experts", "top_k"),
+    [(1 / 6, 12, 6), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((1 / 2, 4, 2), (1 / 2, 8, 4)))],
+)
 def test_fine_grained_experts_preserve_the_function(
     dense_dir: Path, tmp_path: Path, width: float, experts: int, top_k: int
 ) -> None:
@@ -128,6 +132,7 @@ def test_fine_grained_experts_preserve_the_function(
     assert sorted(columns) == list(range(48))
 
 
+@pytest.mark.slow
 def test_layers_by_list(dense_dir: Path, tmp_path: Path) -> None:
     report = upcycle(dense_dir, tmp_path / "moe", settings(layers=[2, 0]), seed=0)
     assert report.moe_layers == [0, 2]
@@ -252,6 +257,7 @@ def test_command_line_without_a_recipe(dense_dir: Path, tmp_path: Path, capsys: 
         clkd(["upcycle", str(dense_dir), str(out)])
 
 
+@pytest.mark.slow
 def test_layer_change_is_what_the_layers_do(dense_dir: Path, tmp_path: Path) -> None:
     """Against Hugging Face's modules on inputs of our own."""
     report = upcycle(dense_dir, tmp_path / "moe", settings(expert_noise=0.1), seed=0)
@@ -264,6 +270,7 @@ def test_layer_change_is_what_the_layers_do(dense_dir: Path, tmp_path: Path) -> 
         assert stated == pytest.approx(float((new - old).norm() / old.norm()), rel=0.15)
 
 
+@pytest.mark.slow
 def test_any_number_of_shards_loads(dense_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written tensor by tensor; read by safetensors and transformers, whatever the bounds of a shard."""
     upcycle(dense_dir, tmp_path / "one", settings(), seed=0)

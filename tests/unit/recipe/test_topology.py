@@ -9,7 +9,7 @@ from deepspeed.utils import groups
 from pipeline.cli import main as clkd
 from pipeline.models.topology import Topology
 from pipeline.recipe import merge
-from tests.ranks.test_train import TINY
+from tests.helpers.recipes import TINY
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(4, 2), (8, 1), (8, 8), (64, 8), (64, 16), (1024, 8), (1024, 64)])

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from pipeline.benchmark.scenes import write_scenes
@@ -30,33 +29,10 @@ from pipeline.report import plots as report_plots
 from pipeline.report import stage as report
 from pipeline.report.data import Answer, ResultBar, verdict
 from pipeline.training.metrics import MetricsLogger
+from tests.helpers import recipes
 
 STEPS = 150
-DISTILL = {"release": "cosine"}
-RECIPE = {
-    "benchmark": {
-        "scenes": {"train": 60, "val": 2, "test": 12, "width": 256, "height": 160, "workers": 1, "corner_share": 0.3},
-    },
-    "models": {"big": {"path": "/big"}, "small": {"path": "/small"}, "moe": {"upcycle": {"source": "models.small"}}},
-    "targets": {"teacher": "jobs.teacher"},
-    "jobs": {
-        "teacher": {"init": "models.big", "steps": STEPS},
-        "dense_sft": {"init": "models.small", "steps": STEPS},
-        "moe_sft": {"init": "models.moe", "steps": STEPS},
-        "moe_kd": {"init": "models.moe", "steps": STEPS, "distill": {"release": "constant", "alpha_start": 0.7}},
-        "clkd": {"init": "models.moe", "steps": STEPS, "distill": DISTILL, "curriculum": {}},
-    },
-    "evaluation": {
-        "rows": [
-            {"name": "teacher", "model": "jobs.teacher"},
-            {"name": "teacher, blind", "model": "jobs.teacher", "blind": True},
-            {"name": "dense student SFT", "model": "jobs.dense_sft"},
-            {"name": "MoE student SFT", "model": "jobs.moe_sft"},
-            {"name": "MoE student vanilla KD", "model": "jobs.moe_kd"},
-            {"name": "MoE student CLKD", "model": "jobs.clkd"},
-        ]
-    },
-}
+RECIPE = recipes.reported(Path("unused"), STEPS)
 SKILL = (0.9, 0.3, 0.72, 0.76, 0.83, 0.88)
 """Chance that each row's model gives the gold answer."""
 
@@ -64,7 +40,7 @@ SKILL = (0.9, 0.3, 0.72, 0.76, 0.83, 0.88)
 def write_run(folder: Path) -> Path:
     """A whole run folder with made-up numbers; returns its recipe."""
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"run": {"dir": str(folder / "run"), "seed": 7}, **RECIPE}))
+    recipes.write(path, recipes.reported(folder / "run", STEPS))
     recipe = load_recipe(path)
     write_scenes(recipe.data_root, ScenesConfig.model_validate(RECIPE["benchmark"]["scenes"]))
     train = read_samples("coda_lm", recipe.data_root, "Train")
@@ -269,6 +245,7 @@ def changed(run: Path, files: Mapping[str, str | None]) -> Iterator[None]:
             aside.rename(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sentences",
     [
@@ -288,6 +265,7 @@ def test_what_is_missing_is_said(whole: Path, sentences: dict[str, str]) -> None
     assert [sentence for sentence in sentences.values() if sentence not in text] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "broken",
     [
@@ -316,7 +294,7 @@ def test_what_is_broken_is_said(whole: Path, broken: dict[str, tuple[str, str]])
 
 def test_an_empty_run_still_gives_a_page(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"run": {"dir": str(tmp_path / "run")}, **RECIPE}))
+    recipes.write(path, recipes.reported(tmp_path / "run", STEPS))
     clkd(["report", str(path)])
     page = Page((tmp_path / "run" / "report.html").read_text())
     assert "the evaluation has not been run" in page.text

@@ -27,15 +27,10 @@ from pipeline.targets.codecs import (
 from pipeline.targets.packing import LOGPROB_FLOOR
 from pipeline.targets.soft_targets import SoftTargets, from_logits
 from tests.helpers.paths import ROOT
-from tests.unit.targets.test_targets import counts_of, peaky_logits, random_draws, random_targets, zipf_logits
+from tests.helpers.soft_targets import counts_of, peaky_logits, random_draws, random_targets, roundtrip, zipf_logits
 
 QWEN_VOCAB = 151_936
 TOP_K_CODECS = ("packed", "compact")
-
-
-def roundtrip(targets, vocab, codec="packed", bits=None):
-    spec = Spec(vocab, targets.top_k, bits or CODECS[codec].default_bits)
-    return CODECS[codec].decode(CODECS[codec].encode(targets, spec), len(targets), spec)
 
 
 def sparse_kl(targets, student_logits, temperature=1.0):
@@ -76,20 +71,21 @@ def cliff_logits(tokens, vocab, seed=0):
 # -- ids ---------------------------------------------------------------------------------------------------
 
 
-def shapes():
-    """(vocabulary, K): every corner, and many drawn at random."""
+def shapes(drawn):
+    """(vocabulary, K): every corner, and some drawn at random."""
     rng = np.random.default_rng(0)
     corners = [(2, 1), (3, 2), (4, 3), (257, 256), (256, 255), (QWEN_VOCAB, 32), (QWEN_VOCAB, 64), (200_000, 256)]
-    for _ in range(60):
+    for _ in range(drawn):
         vocab = int(np.exp(rng.uniform(np.log(3), np.log(200_000))))
         corners.append((vocab, int(rng.integers(1, min(vocab, 257)))))
     return corners
 
 
 @pytest.mark.parametrize("codec", TOP_K_CODECS)
-def test_any_shape_comes_back(codec):
+@pytest.mark.parametrize("drawn", [20, pytest.param(60, marks=pytest.mark.nightly)])
+def test_any_shape_comes_back(codec, drawn):
     """Exact ids, ranks that descend, a distribution: for K from 1 to 256, V from 2 to 200,000, 4 to 8 bits."""
-    for number, (vocab, top_k) in enumerate(shapes()):
+    for number, (vocab, top_k) in enumerate(shapes(drawn)):
         generator = torch.Generator().manual_seed(number)
         rows = int(torch.randint(1, 80, (), generator=generator))
         ids = torch.stack([torch.randperm(vocab, generator=generator)[:top_k] for _ in range(rows)])
@@ -162,7 +158,7 @@ def test_compact_stores_high_bits_in_unary():
 # -- log-probabilities -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top_k", [32, 64])
+@pytest.mark.parametrize("top_k", [32, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("codec", "logits", "mean", "largest"),
     [

@@ -1,4 +1,3 @@
-import dataclasses
 import pickle
 import shutil
 
@@ -15,31 +14,18 @@ from pipeline.targets.container.shards import commit_name, shard_name
 from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.soft_targets import concatenate
 from pipeline.targets.store import SoftTargetStore, write_targets
-from tests.unit.targets.test_codecs import roundtrip
-from tests.unit.targets.test_targets import random_draws, random_targets
-
-VOCAB, TOP_K = 700, 8
-IDENTITY = {
-    "codec": "packed",
-    "top_k": TOP_K,
-    "bits": 7,
-    "vocab_size": VOCAB,
-    "temperature": 1.0,
-    "teacher_weights": "aa11",
-    "processor_tokenizer": "bb22",
-}
-LENGTHS = ((3, 1, 9), (4, 0, 6), (2,))
-"""Answer tokens of each sample of each shard."""
-
-
-def shard_samples(shard):
-    return [
-        (f"id-{shard}-{row}", random_targets(length, VOCAB, TOP_K, seed=10 * shard + row))
-        for row, length in enumerate(LENGTHS[shard])
-    ]
-
-
-SAMPLES = {sample_id: targets for shard in range(3) for sample_id, targets in shard_samples(shard)}
+from tests.helpers.soft_targets import random_targets, roundtrip
+from tests.helpers.stores import (
+    IDENTITY,
+    SAMPLES,
+    TOP_K,
+    VOCAB,
+    assert_same,
+    contents,
+    read_all,
+    shard_samples,
+    write_drawn,
+)
 
 
 def shard_path(root, shard):
@@ -72,11 +58,6 @@ def root(written, tmp_path):
     return shutil.copytree(written, tmp_path / "store")
 
 
-def read_all(root):
-    store = SoftTargetStore.open(root, IDENTITY)
-    return {sample_id: store.read(sample_id) for sample_id in store.sample_ids}
-
-
 def test_every_sample_comes_back_under_its_id(written):
     stored = read_all(written)
     assert stored.keys() == SAMPLES.keys()
@@ -95,12 +76,6 @@ def test_joined_reading_is_reading_one_by_one(written, tmp_path):
         assert tokens == [len(targets) for targets in one_by_one]
         for part, targets in zip(joined.split(tokens), one_by_one, strict=True):
             assert_same(part, targets.padded(joined.top_k) if joined.sampled else targets)
-
-
-def assert_same(got, wanted):
-    for field in dataclasses.fields(wanted):
-        one, other = getattr(got, field.name), getattr(wanted, field.name)
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_shard_is_plain_safetensors(written):
@@ -139,10 +114,6 @@ def test_the_bytes_depend_on_the_samples_alone(written, tmp_path):
     for shard in range(3):
         write_targets(writer, shard, shard_samples(shard))
     assert contents(tmp_path / "again") == contents(written)
-
-
-def contents(root):
-    return {path.name: path.read_bytes() for path in root.iterdir()}
 
 
 # -- damage ------------------------------------------------------------------------------------------------
@@ -306,15 +277,6 @@ def test_stats(root, capsys):
     out = capsys.readouterr().out
     entropy = torch.cat([targets.entropy for targets in SAMPLES.values()]).mean().item()
     assert f"entropy (nats)         {entropy:.3f}"[:-1] in out
-
-
-def write_drawn(root):
-    samples = [(sample_id, random_draws(len(t), VOCAB, 20, seed=n)) for n, (sample_id, t) in enumerate(SAMPLES.items())]
-    identity = {k: v for k, v in IDENTITY.items() if k not in ("top_k", "bits")} | {"codec": "sampled", "draws": 20}
-    writer = StoreWriter(root, identity)
-    write_targets(writer, 0, samples[:4])
-    write_targets(writer, 1, samples[4:])
-    return dict(samples)
 
 
 def test_records_of_varying_size(tmp_path, capsys):

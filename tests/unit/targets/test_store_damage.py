@@ -14,7 +14,7 @@ from pipeline.targets.container.shards import commit_name, shard_name
 from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.sketches import Sketch, SketchStore
 from pipeline.targets.store import SoftTargetStore, write_targets
-from tests.unit.targets.test_targets import random_targets
+from tests.helpers.soft_targets import random_targets
 
 VOCAB, TOP_K, DIM = 700, 8, 64
 IDENTITY = {
@@ -118,10 +118,11 @@ def test_the_undamaged_store_has_nothing_to_report(damaged):
 
 
 @pytest.mark.slow
-def test_flipped_bits(damaged):
-    """750, spread evenly over the files: small ones and the few bytes of a header are hit too."""
+@pytest.mark.parametrize("count", [150, pytest.param(750, marks=pytest.mark.nightly)])
+def test_flipped_bits(damaged, count):
+    """Spread evenly over the files: small ones and the few bytes of a header are hit too."""
     rng = random.Random(0)
-    for _ in range(750):
+    for _ in range(count):
         name = rng.choice(list(damaged.files))
         raw = bytearray(damaged.files[name])
         bit = rng.randrange(8 * len(raw))
@@ -129,9 +130,10 @@ def test_flipped_bits(damaged):
         assert damaged.reports({name: raw}), f"{name}, bit {bit}"
 
 
-def test_truncated_files(damaged):
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.nightly)])
+def test_truncated_files(damaged, count):
     rng = random.Random(1)
-    for _ in range(200):
+    for _ in range(count):
         name = rng.choice(list(damaged.files))
         length = rng.randrange(len(damaged.files[name]))
         assert damaged.reports({name: damaged.files[name][:length]}), f"{name}, {length} bytes"

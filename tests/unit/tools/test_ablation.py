@@ -3,10 +3,8 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ from pipeline.data.readers import read_samples
 from pipeline.errors import UserError
 from pipeline.method.hardness import HardnessTable
 from pipeline.recipe import load_recipe
-from tests.helpers.paths import ROOT
+from tests.helpers import ranks, recipes
+from tests.helpers.paths import RECIPES, ROOT
 from tools.ablation.cell import _hardness_at_the_end, rank_correlation, summary
 from tools.ablation.data import subset
 from tools.ablation.rows import BASELINE, ROWS
@@ -36,26 +35,7 @@ from tools.ablation.table import (
     write_csv,
 )
 
-RECIPE = ROOT / "pipeline" / "recipes" / "ablation.yaml"
-TINY = """
-extends: {recipe}
-run: {{dir: {folder}/run}}
-data: {{max_pixels: 6144}}
-benchmark:
-  scenes: {{train: 16, val: 8, test: 8, width: 96, height: 64}}
-  models:
-    teacher:
-      text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
-      vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
-    student:
-      text: {{hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 6}}
-      vision: {{hidden_size: 32, intermediate_size: 48, depth: 1, num_heads: 2}}
-jobs:
-  teacher: {{steps: 2, batch: {{global_size: 4, micro_size: 4}}}}
-  base: {{steps: 2, batch: {{global_size: 4, micro_size: 4}}}}
-  student: {{steps: 30, batch: {{global_size: 4, micro_size: 4}}, checkpoint: {{every: 2}}, log_every: 1}}
-evaluation: {{limit: 2, max_new_tokens: 3}}
-"""
+RECIPE = RECIPES / "ablation.yaml"
 
 
 # -- rows and cells -------------------------------------------------------------------------------------------------
@@ -305,43 +285,42 @@ def shared_files(path):
 
 
 @pytest.mark.slow
-def test_two_rows_and_two_seeds_survive_a_kill_and_are_computed_once(tmp_path, monkeypatch):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY.format(recipe=RECIPE, folder=tmp_path))
+@pytest.mark.parametrize("seeds", ["0", pytest.param("0,1", marks=pytest.mark.nightly)])
+def test_rows_and_seeds_survive_a_kill_and_are_computed_once(tmp_path, monkeypatch, seeds):
+    path = recipes.write(tmp_path / "tiny.yaml", recipes.ablation(tmp_path / "run"))
     shared_files(path)
     monkeypatch.chdir(ROOT)
-    for name, value in {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}.items():
-        monkeypatch.setenv(name, value)
-    args = [str(path), "--jobs", "2", "--rows", "sft,kd", "--split", "val"]
+    args = [str(path), "--jobs", "2", "--split", "val"]
     folder = tmp_path / "run" / "cells" / "kd-seed0"
     job = folder / "run" / "jobs" / "student"
 
-    started = subprocess.Popen([sys.executable, "-m", "tools.ablation.run", *args, "--seeds", "0"])
-    deadline = time.monotonic() + 240
-    while not (job / "checkpoints" / "latest").exists():
-        assert started.poll() is None and time.monotonic() < deadline
+    started = ranks.start(ablation, [*args, "--rows", "kd", "--seeds", "0"])
+    while not (job / "checkpoints" / "latest").exists() and started.alive():
         time.sleep(0.02)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    started.signal(signal.SIGKILL)
+    assert started.wait().statuses == (-signal.SIGKILL,)
     while holder_alive(job):  # its parent is dead: it writes a checkpoint and ends
         time.sleep(0.1)
     before = (job / "metrics.jsonl").read_text().splitlines()
     assert len(before) >= 2 and not (folder / "val.json").exists()
 
-    ablation([*args, "--seeds", "0,1"])
+    args += ["--rows", "sft,kd", "--seeds", seeds]
+    ablation(args)
     metrics = (job / "metrics.jsonl").read_text().splitlines()
     assert len(metrics) == 30
     assert metrics[:2] == before[:2], "steps before the checkpoint were not trained again: their times are the old ones"
     found = read_cells(tmp_path / "run" / "cells", "val")
-    assert {row: list(seeds) for row, seeds in found.items()} == {"sft": [0, 1], "kd": [0, 1]}
+    wanted = [int(seed) for seed in seeds.split(",")]
+    assert {row: list(cells) for row, cells in found.items()} == {"sft": wanted, "kd": wanted}
     assert found["kd"][0]["slices"].keys() == {"regular", "corner"}
-    assert found["sft"][0]["samples"] != found["sft"][1]["samples"], "the seed matters"
+    scored = [cell["samples"] for cells in found.values() for cell in cells.values()]
+    assert all(one != other for one, other in combinations(scored, 2)), "row and seed matter"
     times = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*") if path.is_file()}
     assert not [path for path in times if "checkpoints" in path.parts], "only models are kept"
 
-    ablation([*args, "--seeds", "0,1"])
+    ablation(args)
     assert times == {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*") if path.is_file()}
-    assert len((tmp_path / "run" / "ablation-val.csv").read_text().splitlines()) == 1 + 4 * 2
+    assert len((tmp_path / "run" / "ablation-val.csv").read_text().splitlines()) == 1 + 2 * 2 * len(wanted)
 
 
 def holder_alive(job):

@@ -1,9 +1,6 @@
 """The benchmark of MoE layers runs, its ways compute one function, and its counts are torch's."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextMLP
 
 from pipeline.cluster.plan import measured_rate
-from tests.helpers import single_rank  # noqa: F401  tells DeepSpeed that it is on a CPU
-from tests.helpers.paths import ROOT
+from tests.helpers import ranks
 from tools.bench import moe as bench_moe
 from tools.bench import moe_cases
 
@@ -21,12 +17,10 @@ from tools.bench import moe_cases
 @pytest.mark.slow
 def test_bench_moe_compares_every_way_with_the_dense_mlp(tmp_path):
     out, plot = tmp_path / "f.json", tmp_path / "f.png"
-    command = [sys.executable, "-m", "tools.bench.moe", "--model", "tiny", "--tokens", "64", "--step-tokens", "64"]
-    command += ["--rounds", "1", "--cases", "dense", "autoep_grouped", "--checkpointing", "off", "on"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TMPDIR": str(tmp_path)}
-    command += ["--json", str(out), "--plot", str(plot), "--device", "cpu", "--dtype", "float32"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    words = ["--model", "tiny", "--tokens", "64", "--step-tokens", "64", "--rounds", "1", "--device", "cpu"]
+    words += ["--cases", "dense", "autoep_grouped", "--checkpointing", "off", "on", "--dtype", "float32"]
+    words += ["--json", str(out), "--plot", str(plot)]
+    ranks.run(bench_moe.main, words, env={"TMPDIR": str(tmp_path)})
     figures = json.loads(out.read_text())
     rows = {(row["part"], row["case"]): row for row in figures["rows"]}
     assert len(rows) == 6 and plot.read_bytes().startswith(b"\x89PNG")

@@ -1,32 +1,28 @@
 """The benchmarks of whole stages at their smallest: they run, and their figures have their names."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.data.collate import collate
-from tests.helpers.paths import ROOT
+from tests.helpers import ranks
+from tools.bench import step, teacher
 from tools.bench.runs import make_run, ratios, rotated
 
 
-def run(tool: str, folder: Path, *options: str) -> dict[str, object]:
-    """The figures that a tool writes; it has a process of its own, as DeepSpeed's state is global."""
-    command = [sys.executable, "-m", f"tools.bench.{tool}", "--json", str(folder / "f.json"), "--scenes", "3", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TMPDIR": str(folder)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "ratio" in done.stdout
+def run(tool: Callable[[list[str]], None], folder: Path, *options: str) -> dict[str, object]:
+    """The figures that a tool writes, in a process of its own, as DeepSpeed's state is global."""
+    words = ["--json", str(folder / "f.json"), "--scenes", "3", *options]
+    assert "ratio" in ranks.run(tool, words, env={"TMPDIR": str(folder)}).stdout
     return json.loads((folder / "f.json").read_text())
 
 
 @pytest.mark.slow
 def test_bench_step_compares_cached_targets_and_a_teacher_in_the_loop_with_sft(tmp_path):
-    figures = run("step", tmp_path, "--rounds", "1", "--steps", "1")
+    figures = run(step.main, tmp_path, "--rounds", "1", "--steps", "1")
     for way in ("sft", "cached", "online"):
         assert figures[f"{way}_ms"] > figures[f"{way}_wait_ms"] > 0
     assert figures["cached_vs_sft"] == pytest.approx(figures["cached_ms"] / figures["sft_ms"])
@@ -37,7 +33,7 @@ def test_bench_step_compares_cached_targets_and_a_teacher_in_the_loop_with_sft(t
 
 @pytest.mark.slow
 def test_bench_teacher_compares_the_pass_with_the_bare_forward(tmp_path):
-    figures = run("teacher", tmp_path, "--repeats", "1", "--width", "128", "--layers", "2", "--vocab", "2000")
+    figures = run(teacher.main, tmp_path, "--repeats", "1", "--width", "128", "--layers", "2", "--vocab", "2000")
     for way in ("targets", "stored", "whole"):
         assert figures[f"{way}_vs_bare"] == pytest.approx(figures[f"{way}_ms"] / figures["bare_ms"])
     assert figures["targets_cpu_vs_bare_cpu"] > 0.5

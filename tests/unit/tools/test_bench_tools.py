@@ -1,9 +1,6 @@
 """The benchmarks of reading, of sketches, of upcycling and of exports run, and say what they must."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.method.hardness import HardnessTable
-from tests.helpers.paths import ROOT
+from tests.helpers import ranks
+from tools.bench import export as bench_export
 from tools.bench import index as bench_index
 from tools.bench import reading as bench_reading
 from tools.bench import sampler as bench_sampler
@@ -62,11 +60,9 @@ def test_sketches(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_an_export_holds_one_model(tmp_path):
-    """Peak memory of the command stays below 1.3 models; two would be 2. In a process of its own."""
+    """Peak memory of the command stays below 1.3 models; two would be 2."""
     path = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "tools.bench.export", "--json", str(path), "--gib", "0.5", "--dtype", "float32"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    ranks.run(bench_export.main, ["--json", str(path), "--gib", "0.5", "--dtype", "float32"])
     figures = json.loads(path.read_text())
     assert 450 < figures["float32_model_mb"] < 650
     assert 0.9 < figures["float32_held"] < 1.3

@@ -11,7 +11,7 @@ from pipeline.method.curriculum import rank_share
 from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.store import SoftTargetStore, write_targets
 from pipeline.training.batches import MODEL_INPUTS, Request, assemble, by_length
-from tests.unit.targets.test_store import IDENTITY, SAMPLES, shard_samples
+from tests.helpers.stores import IDENTITY, SAMPLES, shard_samples
 
 IDS = ("id-0-2", "id-0-1", "id-0-0")
 

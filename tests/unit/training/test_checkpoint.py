@@ -1,12 +1,9 @@
 """Checkpoints: exact resumption on any topology, and survival of damage, full disks and kills."""
 
 import json
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,7 @@ import torch
 from pipeline.errors import CheckpointError, UserError
 from pipeline.models import checkpoint_folder
 from pipeline.training import checkpoint
-from tests.helpers import single_rank, tiny
-from tests.helpers.paths import HELPERS, ROOT
+from tests.helpers import kill_worker, ranks, single_rank, tiny
 
 STATE = {"note": "kept", "numbers": [1, 2]}
 TEMPLATE = {"config.json": b'{"model_type": "x"}', "tokenizer.json": b"{}"}
@@ -35,7 +31,9 @@ def save(engine: Any, root: Path, step: int, keep: int = 2) -> Path:
     return checkpoint.save(engine, root, step, STATE, ARRAYS, keep, TEMPLATE)
 
 
-@pytest.mark.parametrize(("stage", "experts"), [(0, False), (1, True), (2, True), (3, True)])
+@pytest.mark.parametrize(
+    ("stage", "experts"), [(0, False), (1, True), (2, True), pytest.param(3, True, marks=pytest.mark.slow)]
+)
 def test_resumed_equals_uninterrupted(tmp_path: Path, stage: int, experts: bool) -> None:
     engine = engine_with(2, stage=stage, experts=experts)
     save(engine, tmp_path, 2)
@@ -235,71 +233,9 @@ def test_a_folder_that_cannot_be_written_is_an_error(two_saved: tuple[Any, Path]
 @pytest.mark.slow
 def test_a_kill_at_any_file_operation_leaves_a_valid_newest(tmp_path: Path) -> None:
     """kill -9 before each operation on files of a save that also prunes; then training goes on from what is there."""
-    done = subprocess.run(
-        [sys.executable, str(HELPERS / "kill_worker.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    newest = json.loads(done.stdout.splitlines()[-1])
+    newest = json.loads(ranks.run(kill_worker.main, tmp_path, env={"LOCAL_RANK": "0"}).stdout.splitlines()[-1])
     assert len(newest) > 30
     first_new = newest.index("step-00000003")
     assert set(newest[:first_new]) == {"step-00000002"}
     assert set(newest[first_new:]) == {"step-00000003"}
     assert 20 < first_new < len(newest) - 3  # kills lie before the switch and after it, in the pruning
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("deepspeed", "trainable"),
-    [
-        ("zero1", "all"),
-        ("zero2", "mlp_and_router"),
-        ("zero3", "all"),
-        ("zero3", "mlp_and_router"),
-        ("zero1_ep.json", "all"),
-        ("zero1_ep.json", "mlp_and_router"),
-        ("zero2_ep.json", "all"),
-        ("zero3_ep.json", "all"),
-    ],
-)
-def test_two_ranks_resume_exactly(tmp_path: Path, deepspeed: str, trainable: str) -> None:
-    """AdamW, clipping, uneven tokens, experts split over 2 ranks: resumed = uninterrupted, bit for bit."""
-    config: Any = str(ROOT / "ds_configs" / deepspeed)
-    if not deepspeed.endswith(".json"):
-        config = {"zero_optimization": {"stage": int(deepspeed[-1])}}
-        config |= {"expert_parallel": {"enabled": True, "autoep_size": 2}}
-    common: dict[str, Any] = {"deepspeed": config, "job": {}, "trainable": trainable, "steps": 4}
-    whole, wanted = tiny.launch(tmp_path / "a", 2, **common, save=str(tmp_path / "c"), save_at=2)
-    resumed, found = tiny.launch(tmp_path / "b", 2, **common, load=str(tmp_path / "c"))
-    assert resumed["history"] == whole["history"][2:]
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.mark.slow
-def test_other_ranks_stages_and_expert_sizes_equal_one_plain_process(tmp_path: Path) -> None:
-    """AdamW and clipping over 2, 1 and 4 ranks, two steps each, against plain torch that is never interrupted.
-
-    The tolerances are for fp32 sums in another order, which AdamW's division by small moments enlarges step by step.
-    """
-    legs = [(2, 1, 2), (1, 3, 1), (4, 2, 4)]  # ranks, ZeRO stage, expert-parallel size
-    saved, history, found = str(tmp_path / "saved"), [], {}
-    settings = tiny.job(lr=1e-3).optimizer
-    for leg, (ranks, stage, experts) in enumerate(legs):
-        config = {"zero_optimization": {"stage": stage}, "expert_parallel": {"enabled": True, "autoep_size": experts}}
-        job = {"micro_size": 4 // ranks, "lr": settings.lr}
-        steps = 2 * leg + 2
-        spec: dict[str, Any] = {"steps": steps, "save": saved, "save_at": steps} | ({"load": saved} if leg else {})
-        result, found = tiny.launch(tmp_path / f"leg{leg}", ranks, deepspeed=config, job=job, **spec)
-        history += result["history"]
-    model, decay = tiny.moe_model(), settings.weight_decay
-    adamw = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas, weight_decay=decay)
-    reference = tiny.reference_run(model, 6, settings.lr, settings.grad_clip, adamw)
-    assert min(norm for _, norm in reference) > settings.grad_clip  # clipping is active in every step
-    assert [h[0] for h in history] == pytest.approx([loss for loss, _ in reference], abs=2e-6)
-    assert [h[1] for h in history] == pytest.approx([norm for _, norm in reference], rel=5e-6)
-    for name, tensor in dict(model.named_parameters()).items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)

@@ -1,12 +1,10 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from pipeline.training.step import StepStats
+from tests.helpers import ranks
 
 COUNTS = (3, 0, 5, 1)
 """Samples that each rank distilled, of at most 5."""
@@ -19,20 +17,21 @@ def scored(rank):
     return torch.from_numpy(index), torch.from_numpy(rng.random(COUNTS[rank]).astype(np.float32))
 
 
-def gather(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(COUNTS))
+def gather(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     stats, (index, scores) = StepStats(), scored(rank)
     if rank != 1:
         stats.index, stats.scores = list(index.split(2)), list(scores.split(2))
     got = stats.gather_scores(5, torch.device("cpu"))
-    np.savez(Path(folder) / f"{rank}.npz", index=got[0], scores=got[1])
+    np.savez(folder / f"{rank}.npz", index=got[0], scores=got[1])
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_scores_of_uneven_ranks_arrive_exactly_and_on_every_rank(tmp_path):
     """One rank has none at all."""
-    mp.spawn(gather, (str(tmp_path),), nprocs=len(COUNTS))
+    ranks.run(gather, tmp_path, ranks=len(COUNTS))
     index, scores = (torch.cat(parts).numpy() for parts in zip(*map(scored, range(len(COUNTS))), strict=True))
     order = np.argsort(index)
     assert len(order) == sum(COUNTS)

@@ -1,7 +1,6 @@
 """Several ranks get one index: rank 0 opens the data set, the others what it opened."""
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from pipeline.data.splits import open_split
 from pipeline.errors import UserError
 from pipeline.recipe import load_recipe
 from pipeline.training.process import from_first_rank
+from tests.helpers import ranks
 
 RANKS = 3
 
@@ -28,42 +28,36 @@ def write_data(folder: Path, *, answers: list[object]) -> Path:
     return path
 
 
-def one_rank(rank: int, recipe: Path, meeting: Path, out: "multiprocessing.Queue[object]") -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(str(meeting), RANKS), rank=rank, world_size=RANKS)
+def one_rank(recipe: Path) -> None:
+    """Writes what this rank was given, or the refusal, beside the recipe."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
 
     def make():
         assert rank == 0, "asked on another rank"
         return open_split(load_recipe(recipe), "train")
 
     try:
-        out.put([(sample.sample_id, sample.answer) for sample in from_first_rank(make)])
+        found = [(sample.sample_id, sample.answer) for sample in from_first_rank(make)]
     except UserError as error:
-        out.put((type(error).__name__, str(error)))
+        found = (type(error).__name__, str(error))
+    recipe.with_name(f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def on_every_rank(recipe: Path, folder: Path) -> list[object]:
-    context = multiprocessing.get_context("fork")
-    out = context.Queue()
-    arguments = (recipe, folder / "meeting", out)
-    ranks = [context.Process(target=one_rank, args=(rank, *arguments)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    results = [out.get(timeout=120) for _ in ranks]
-    for process in ranks:
-        process.join(60)
-    assert [process.exitcode for process in ranks] == [0] * RANKS
-    return results
+def on_every_rank(recipe: Path) -> list[list]:
+    ranks.run(one_rank, recipe, ranks=RANKS)
+    return [json.loads(recipe.with_name(f"rank-{rank}.json").read_text()) for rank in range(RANKS)]
 
 
 def test_every_rank_has_the_samples_that_rank_0_opened(tmp_path):
-    results = on_every_rank(write_data(tmp_path, answers=[f"{n}." for n in range(30)]), tmp_path)
+    results = on_every_rank(write_data(tmp_path, answers=[f"{n}." for n in range(30)]))
     assert results == [results[0]] * RANKS
     assert len({answer for _, answer in results[0]}) == 30
 
 
 def test_what_rank_0_refuses_every_rank_refuses(tmp_path):
-    results = on_every_rank(write_data(tmp_path, answers=["Go.", 5]), tmp_path)
+    results = on_every_rank(write_data(tmp_path, answers=["Go.", 5]))
     assert results == [results[0]] * RANKS
     name, said = results[0]
     assert name == "DataError" and "1 problem(s) in 1 record(s)" in said
