@@ -43,7 +43,6 @@ def site(cluster: Cluster) -> dict[str, str]:
         "CLKD_LOCAL": str(cluster.folder / "local"),
         "CLKD_INTERFACE": "eth0",
         "CLKD_COLLECTIVE_TIMEOUT_S": "300",
-        "CLKD_OPS": os.environ.get("TORCH_EXTENSIONS_DIR", ""),
         "DS_ACCELERATOR": "cpu",
         "DS_CONFIG": "ds_configs/cpu_smoke.json",
         "OMP_NUM_THREADS": "1",
