@@ -14,6 +14,9 @@ PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # of make ablation: cells at once; the split that is scored
 JOBS ?= 1
 SPLIT ?= test
+# of make test-one: a folder, a file, or one test as in T='tests/unit/data/test_data.py::test_...'
+T ?= tests
+export T
 
 .PHONY: install demo reproduce ablation test test-fast test-nightly test-gpu test-one soak lint docs clean
 
@@ -53,8 +56,6 @@ test-nightly: lint docs
 test-gpu: install
 	HF_HUB_OFFLINE=1 $(PY) -m pytest -q -m gpu
 
-# make test-one T='tests/unit/data/test_data.py::test_...': a failing test prints its own.
-export T
 test-one: install
 	$(CPU_ENV) $(PY) -m pytest "$$T"
 

@@ -7,13 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.paths import ROOT
+from tests.helpers.paths import LAYERS, ROOT
 
 PACKAGE = ROOT / "pipeline"
-ORDER = (
-    "errors", "files", "recipe", "data", "benchmark", "targets", "method", "models", "teacher", "export", "training",
-    "evaluation", "report", "hardness", "cluster", "preparation", "cli", "__main__",
-)  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -27,13 +23,13 @@ def imports(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def place(path: Path) -> str:
-    """The word of ORDER that a file belongs to."""
+    """The word of LAYERS that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def test_the_order_names_every_folder_and_file_of_the_package_once_and_nothing_else():
     top = {place(path) for path in FILES} - {"__init__"}
-    assert sorted(ORDER) == sorted(top)
+    assert sorted(LAYERS) == sorted(top)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +38,8 @@ def test_the_order_names_every_folder_and_file_of_the_package_once_and_nothing_e
 def test_imports_point_upstream(path):
     for module, name in imports(path):
         word = module.split(".")[1] if "." in module else name
-        assert word in ORDER, f"{path}: imports {name or module} from the package itself: say its module"
-        assert ORDER.index(word) <= ORDER.index(place(path)), (
+        assert word in LAYERS, f"{path}: imports {name or module} from the package itself: say its module"
+        assert LAYERS.index(word) <= LAYERS.index(place(path)), (
             f"{path}: {place(path)}/ may not import {module} ({word}/)"
         )
 

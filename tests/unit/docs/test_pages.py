@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.documents import PAGES, blocks, headings, links, spans
-from tests.helpers.paths import ROOT
-from tests.unit.test_layering import ORDER
+from tests.helpers.paths import LAYERS, ROOT
 
 WORDS = 1800
 """Most words of README.md."""
@@ -59,7 +58,7 @@ def test_files_and_folders_that_pages_name_exist():
 def test_the_table_of_folders_is_the_order_of_the_layers():
     """CONTRIBUTING says where things live: every folder of the package, each below those that it imports from."""
     rows = re.findall(r"^\| `(\w+)/` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert rows == [word for word in ORDER if (ROOT / "pipeline" / word).is_dir()]
+    assert rows == [word for word in LAYERS if (ROOT / "pipeline" / word).is_dir()]
 
 
 def made_by_a_run(name: str) -> bool:
