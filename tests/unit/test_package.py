@@ -15,6 +15,7 @@ import pytest
 import pipeline
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
 BUILT_FROM = (
     "pipeline", "ds_configs", "slurm", "pyproject.toml", "setup.py", "MANIFEST.in", "requirements.txt", "README.md",
     "LICENSE", "train.py",

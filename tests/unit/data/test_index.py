@@ -156,6 +156,7 @@ def empty_answer(number: int) -> dict[str, object]:
     return chat_record(number, messages=[{"role": role, "content": text} for role, text in turns])
 
 
+@pytest.mark.slow
 def test_it_goes_to_other_processes_without_its_samples(run):
     """As a loader's workers, spawned or forked, and other ranks get it."""
     index = open_split(recipe_of(run), "train")
@@ -243,6 +244,7 @@ def test_an_image_that_is_only_newer_is_read_and_nothing_changes(run, reads, cap
     assert "0 added, 0 removed, 0 changed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_who_has_opened_it_keeps_it_while_it_is_made_again(run):
     recipe, before = recipe_of(run), plain(run)
     index, content = open_split(recipe, "train"), pickle.dumps(open_split(recipe, "train"))
@@ -301,6 +303,7 @@ images.hash_image = logged
 """Writes down the images that a process reads."""
 
 
+@pytest.mark.slow
 def test_what_was_read_before_kill_9_is_not_read_again(run, tmp_path):
     recipe, log = recipe_of(run), tmp_path / "reads"
     killed = "if len(open(log.name).readlines()) == 15: os.kill(os.getpid(), 9)"
@@ -327,6 +330,7 @@ def test_a_line_that_was_being_written_is_no_hash(tmp_path):
         assert hashes._known(tmp_path / "a.png") is None and hashes._known(tmp_path / "b.png") == (5, 6)
 
 
+@pytest.mark.slow
 def test_of_several_processes_one_makes_it_and_the_others_wait(run, tmp_path):
     recipe_of(run)
     log = tmp_path / "reads"
