@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.cluster.slurm_runs import CHAIN, ROOT, SGD, STEPS, start_script, submit
+from tests.cluster.slurm_runs import CHAIN, ROOT, SGD, STEPS, run_status, start_script, submit
 from tests.ranks.test_train import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -25,7 +25,7 @@ def test_the_whole_chain_on_two_nodes(cluster, chain_run):
     run = chain_run.training.run
     assert chain_run.last["JobState"] == "COMPLETED", [p.read_text() for p in run.glob("slurm/*.out")]
     assert sorted(chain_run.jobs) == sorted(STAGES)
-    status = submit(cluster, "status", run).stdout
+    status = run_status(cluster, run).stdout
     for stage in STAGES:
         assert re.search(rf"^{stage} +\d+ +done", status, re.MULTILINE), status
     assert f"step {STEPS}/{STEPS}" in status
