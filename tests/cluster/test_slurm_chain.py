@@ -54,7 +54,7 @@ def test_experts_shared_between_nodes(training, undisturbed_sgd, tmp_path, nodes
     ds_json["expert_parallel"]["autoep_size"] = 4
     (tmp_path / "ep4.json").write_text(json.dumps(ds_json))
     options = (f"--nodes={nodes}", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-    words = (*SGD, f"jobs.clkd.micro_batch_size={4 // nodes}")
+    words = (*SGD, f"jobs.clkd.batch.micro_size={4 // nodes}")
     training.start(*options, words=words, DS_CONFIG=str(tmp_path / "ep4.json"))
     training.wait(restarts=0)
     training.close_to(undisturbed_sgd)
