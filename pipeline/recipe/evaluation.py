@@ -25,7 +25,7 @@ class EvaluationConfig(Section):
     """Questions answered at once: an 8B model and eight long prompts fit a GPU of 40 GB. Latency is always timed at
     batch 1."""
     max_new_tokens: Positive = 512
-    """Longest answer in tokens; a paragraph of CODA-LM has up to about 200."""
+    """Longest answer in tokens, as in DriveBench's own script: an answer that is cut is scored as it stands."""
     latency_samples: Positive = 8
     """Samples timed at batch 1."""
     latency_repeats: Positive = 3

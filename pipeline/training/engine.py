@@ -54,11 +54,14 @@ def _plain_lookups() -> Iterator[None]:
     """Let DeepSpeed look up transformers' output recorders by name.
 
     AutoEP's presets for text-only Qwen2-MoE and Qwen3-MoE (DeepSpeed 0.19.8) call `get(name, default)` on a registry
-    whose `get` takes a model and nothing else (transformers 5.23): a TypeError.
+    whose `get` takes a model and nothing else (transformers 5.23): a TypeError. Before 5.23 it is a plain dict.
     """
     from transformers.utils import output_capturing
 
     registry = type(output_capturing._CAN_RECORD_REGISTRY)
+    if registry is dict:
+        yield
+        return
     theirs: Any = registry.get
 
     def get(self: Any, key: Any, *default: Any) -> Any:

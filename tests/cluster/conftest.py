@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm_cluster import Cluster, NotPermitted
-from tests.cluster.slurm_runs import CHAIN, Training, copy_run, job_ids, submit, write_recipe
+from tests.cluster.slurm_runs import CHAIN, Training, copy_run, job_ids, run_status, submit, write_recipe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +29,7 @@ class ChainRun:
     last: dict[str, str]
     """The last job's end."""
     status: str
-    """What `pipeline.cluster.submit status` said while the student trained."""
+    """What `clkd status` said while the student trained."""
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +59,7 @@ def chain_run(running_cluster, tmp_path_factory) -> ChainRun:
     jobs = job_ids(submit(running_cluster, recipe, *CHAIN).stdout)
     training = Training(running_cluster, run, recipe, str(jobs["train clkd"]))
     training.wait_for_step(1, 400)
-    status = submit(running_cluster, "status", run).stdout
+    status = run_status(running_cluster, run).stdout
     last = running_cluster.wait(jobs["report"], 400)
     return ChainRun(training, jobs, last, status)
 

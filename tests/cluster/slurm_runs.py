@@ -57,8 +57,14 @@ def submit(cluster: Cluster, *arguments: str | Path, check: bool = True, **varia
     return cluster.run(*command, cwd=ROOT, env=site(cluster) | variables, check=check)
 
 
+def run_status(cluster: Cluster, run: Path, check: bool = True):
+    """`clkd status` on the login node."""
+    command = (sys.executable, "-m", "pipeline", "status", run)
+    return cluster.run(*command, cwd=ROOT, env=site(cluster), check=check)
+
+
 def job_ids(output: str) -> dict[str, int]:
-    """Job of each stage from what `pipeline.cluster.submit` printed."""
+    """Job of each stage from what `clkd submit` printed."""
     lines = [line.partition("  after ")[0].split(maxsplit=1) for line in output.splitlines()]
     return {words[1]: int(words[0]) for words in lines if len(words) == 2 and words[0].isdigit()}
 

@@ -3,7 +3,7 @@
 import json
 import re
 
-from tests.cluster.slurm_runs import CHAIN, STEPS, start_script, submit
+from tests.cluster.slurm_runs import CHAIN, STEPS, run_status, start_script, submit
 from tests.helpers.training import train
 
 STAGES = [
@@ -22,7 +22,7 @@ def test_the_whole_chain_on_two_nodes(cluster, chain_run):
     run = chain_run.training.run
     assert chain_run.last["JobState"] == "COMPLETED", [p.read_text() for p in run.glob("slurm/*.out")]
     assert sorted(chain_run.jobs) == sorted(STAGES)
-    status = submit(cluster, "status", run).stdout
+    status = run_status(cluster, run).stdout
     for stage in STAGES:
         assert re.search(rf"^{stage} +\d+ +done", status, re.MULTILINE), status
     assert f"step {STEPS}/{STEPS}" in status

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tests.cluster.lanes import SMALL_STEP
-from tests.cluster.slurm_runs import CHAIN, ROOT, site, start_script, submit
+from tests.cluster.slurm_runs import CHAIN, ROOT, run_status, site, start_script, submit
 
 
 def refused(done, *texts):
@@ -86,7 +86,7 @@ def test_a_time_limit_that_the_queue_never_grants(cluster, training):
     cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=10")
     submit(cluster, training.recipe, *CHAIN, "--from", "train clkd", "--with", "train=--time=60")
     deadline = time.monotonic() + 30
-    while "PartitionTimeLimit" not in (status := submit(cluster, "status", training.run).stdout):
+    while "PartitionTimeLimit" not in (status := run_status(cluster, training.run).stdout):
         assert time.monotonic() < deadline, status
     cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
     assert re.search(r"train clkd +\d+ +waiting .*above the partition's; scontrol update JobId=\d+ TimeLimit=", status)
@@ -94,7 +94,7 @@ def test_a_time_limit_that_the_queue_never_grants(cluster, training):
 
 def test_a_job_that_slurm_ended_is_called_so(cluster, training):
     submit(cluster, training.recipe, *CHAIN, "--from", "train clkd")
-    job = re.search(r"train clkd +(\d+)", submit(cluster, "status", training.run).stdout)
+    job = re.search(r"train clkd +(\d+)", run_status(cluster, training.run).stdout)
     assert job
     cluster.wait_for(job[1], lambda found: found["JobState"] == "RUNNING")
     deadline = time.monotonic() + 60
@@ -103,7 +103,7 @@ def test_a_job_that_slurm_ended_is_called_so(cluster, training):
         time.sleep(0.1)
     cluster.run("scancel", job[1])
     cluster.wait(job[1])
-    status = submit(cluster, "status", training.run).stdout
+    status = run_status(cluster, training.run).stdout
     assert re.search(r"^train clkd +\d+ +stopped", status, re.MULTILINE), status
     # Slurm's word depends on the moment; the last one where the ranks took longer to stop than it waits (KillWait).
     said = (
@@ -119,7 +119,7 @@ def test_a_failing_stage_stops_the_chain_and_says_why(cluster, training):
     jobs = dict(re.findall(r"^ *(\d+)  (\w[\w ]*\w)(?:  after .*)?$", done.stdout, re.MULTILINE))
     states = {name: cluster.wait(job)["JobState"] for job, name in jobs.items()}
     assert states == {"train clkd": "FAILED", "evaluate": "CANCELLED", "export": "CANCELLED", "report": "CANCELLED"}
-    status = submit(cluster, "status", training.run, check=False)
+    status = run_status(cluster, training.run, check=False)
     assert status.returncode == 1
     assert re.search(r"^train clkd +\d+ +failed", status.stdout, re.MULTILINE), status.stdout
     assert re.search(r"last error, .*, train clkd:\n.*nosuch", status.stdout), status.stdout

@@ -83,8 +83,26 @@ def test_options_for_a_kind_and_for_one_stage():
     assert found == {"train a": ["--nodes=2"], "train clkd": ["--nodes=2", "--time=9", "--mem=1"], "teacher": []}
     with pytest.raises(ConfigError, match=r"'tain=-N2': wants STAGE=OPTIONS, a stage of \['train a'\]"):
         submit.stage_options({}, ["tain=-N2"], ["train a"])
+    with pytest.raises(ConfigError, match=r"cluster\.sbatch\.tain: no such stage; stages: \['train a'\]"):
+        submit.stage_options({"tain": "-N2"}, [], ["train a"])
     with pytest.raises(ConfigError, match="'nosuch': no such stage"):
         submit.chosen([], "nosuch")
+
+
+def test_the_recipes_options_come_before_the_command_lines_and_general_ones_before_special_ones():
+    recipe = {"train clkd": "--time=3", "train": "--time=2", "all": "--time=1 --account=me"}
+    found = submit.stage_options(recipe, ["train=--time=4"], ["train a", "train clkd", "teacher"])
+    assert found == {
+        "train a": ["--time=1", "--account=me", "--time=2", "--time=4"],
+        "train clkd": ["--time=1", "--account=me", "--time=2", "--time=3", "--time=4"],
+        "teacher": ["--time=1", "--account=me"],
+    }
+
+
+def test_the_recipe_says_how_many_tasks_the_teacher_has(recipe_path):
+    recipe = load_recipe(recipe_path, ["cluster.teacher_tasks=5"])
+    assert [stage.tasks for stage in chain.chain(recipe) if stage.kind == "teacher"] == [5]
+    assert [stage.tasks for stage in chain.chain(recipe, workers=2) if stage.kind == "teacher"] == [2]
 
 
 def test_status_of_a_running_and_of_waiting_stages(recipe_path):

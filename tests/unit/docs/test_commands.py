@@ -76,9 +76,10 @@ def check(words: list[str], mine: Path) -> None:
         launched = get_args_parser().parse_args(rest)
         check_launched(launched.module, [launched.training_script, *launched.training_script_args], mine)
     elif first == "deepspeed":
-        start = rest.index("train.py")
+        module = "--module" in rest
+        start = rest.index("--module") if module else rest.index("train.py")
         assert set(rest[:start:2]) <= DEEPSPEED, rest[:start]
-        check_script(rest[start:], mine)
+        check_launched(module, rest[start + module :], mine)
     elif first == "accelerate":
         check_launched(True, rest[rest.index("-m") + 1 :], mine)
     else:
@@ -218,8 +219,9 @@ def test_a_command_in_running_text_names_what_exists(found):
         assert all((ROOT / word).is_file() for word in rest if word.endswith(".sbatch"))
     elif kind == "clkd":
         check_words(rest)
-    elif "-m" in rest:
-        module, rest = rest[rest.index("-m") + 1], rest[rest.index("-m") + 2 :]
+    elif {"-m", "--module"} & set(rest):
+        start = rest.index("-m" if "-m" in rest else "--module")
+        module, rest = rest[start + 1], rest[start + 2 :]
         check_words(rest) if module == "pipeline" else check_tool(module, rest)
     elif "train.py" in rest:
         check_words(["train", *rest[rest.index("train.py") + 1 :]])
