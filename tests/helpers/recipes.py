@@ -1,6 +1,7 @@
 """Recipes of tiny runs, all in one place: what changes in the recipe's schema changes here."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ ADAPTIVE = {
 
 
 def tiny(run: Path, **clkd: object) -> dict[str, Any]:
-    """TINY in a folder; `clkd` changes settings of that job."""
-    return merge({"run": {"dir": str(run)}, **TINY}, {"jobs": {"clkd": clkd}})
+    """TINY in a folder, a copy of the caller's own; `clkd` changes settings of that job."""
+    return merge({"run": {"dir": str(run)}, **deepcopy(TINY)}, {"jobs": {"clkd": clkd}})
 
 
 def chain(run: Path, steps: int, every: int, scenes: int, shard_samples: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_an_export_holds_one_model(tmp_path):
     ranks.run(bench_export.main, ["--json", str(path), "--gib", "0.5", "--dtype", "float32"])
     figures = json.loads(path.read_text())
     assert 450 < figures["float32_model_mb"] < 650
-    assert 0.9 < figures["float32_held"] < 1.3
+    assert 0.8 < figures["float32_held"] < 1.3  # below one: the baseline's process keeps a few freed pages
     assert figures["float32_held"] <= figures["float32_resident"]
 
 
