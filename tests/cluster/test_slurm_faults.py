@@ -175,7 +175,7 @@ def experts_shared_between_nodes(lane, runs, nodes=2):
     path = training.recipe.parent / "ep4.json"
     path.write_text(json.dumps(ds_json))
     options = (f"--nodes={nodes}", "--ntasks-per-node=2", "--gpus-per-node=2", "--cpus-per-task=1")
-    training.start(*options, words=(*SGD, f"jobs.clkd.micro_batch_size={4 // nodes}"), DS_CONFIG=str(path))
+    training.start(*options, words=(*SGD, f"jobs.clkd.batch.micro_size={4 // nodes}"), DS_CONFIG=str(path))
     training.wait(restarts=0)
     training.close_to(undisturbed)
 
