@@ -91,6 +91,7 @@ def _hardness(add: Add) -> None:
 def _train(add: Add) -> None:
     add("--config", type=Path, metavar="RECIPE", help="the recipe, in place of the first word")
     _deepspeed(add)
+    _changes(add)
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # set by the deepspeed launcher
 
 
@@ -133,6 +134,7 @@ def _plan(add: Add) -> None:
 
 def _run(add: Add) -> None:
     _deepspeed(add)
+    _changes(add)
     add("--ranks", type=int, default=2, metavar="N", help="training processes on this machine (2)")
 
 
@@ -149,6 +151,11 @@ def _submit(add: Add) -> None:
         help="more options of sbatch, after the recipe's cluster.sbatch",
     )
     _deepspeed(add)
+    _changes(add)
+
+
+def _changes(add: Add) -> None:
+    add("--change-settings", action="store_true", help="go on from checkpoints with other lr, clipping, ...")
 
 
 def _record(add: Add) -> None:

@@ -35,7 +35,9 @@ class Stage:
     """Processes that share this machine's cores."""
 
 
-def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int) -> list[Stage]:
+def plan(
+    recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int, train_options: Sequence[str] = ()
+) -> list[Stage]:
     """The commands that make everything the recipe names, in order of need.
 
     Jobs run in the recipe's order; a job's starting model is built first, and before the first job that
@@ -65,7 +67,7 @@ def plan(recipe: Recipe, recipe_args: Sequence[str], ds_config: Path, ranks: int
             workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
             add("teacher", *workers, processes=ranks)
             add("hardness", command("hardness"))
-        options = ("--deepspeed_config", str(ds_config), f"job={name}")
+        options = ("--deepspeed_config", str(ds_config), f"job={name}", *train_options)
         add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)
     if recipe.evaluation.rows:
         add("evaluate", command("evaluate"))
@@ -167,4 +169,5 @@ def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The command `run`."""
     recipe_args = [str(options.recipe), *options.overrides]
     ds_config = options.deepspeed_config or recipe.cluster.deepspeed
-    run(plan(recipe, recipe_args, ds_config, options.ranks), recipe.run.dir)
+    train_options = ["--change-settings"] * options.change_settings
+    run(plan(recipe, recipe_args, ds_config, options.ranks, train_options), recipe.run.dir)

@@ -194,6 +194,8 @@ def _environment(stage: ClusterStage, command: argparse.Namespace) -> dict[str, 
         own["WORKERS"] = str(stage.tasks)
     if stage.kind == "train":
         own["DS_CONFIG"] = str(command.deepspeed_config)
+        if command.change_settings:
+            own["CHANGE_SETTINGS"] = "1"
     return own
 
 

@@ -46,6 +46,7 @@ def model_card(state: Facts, config: PreTrainedConfig, report: Facts, scores: Ma
         f"---\nlibrary_name: transformers\npipeline_tag: {TASKS[loader]}\n---\n\n"
         f"# {about.get('job', 'Exported model')}\n",
         _training(about, job) if job else "",
+        _incidents(state),
         _table(_facts(about, config, report)),
         f"## Training step {report['step']}\n" if metrics else "",
         _table([(name, f"{metrics[name]:.6g}") for name in _CURVES if name in metrics]),
@@ -65,6 +66,17 @@ def _training(about: Facts, job: Facts) -> str:
         f"norm at most {optimizer['grad_clip']:g}, "
         f"{order} sampling, seed {job['seed']}.\n"
     )
+
+
+def _incidents(state: Facts) -> str:
+    """Dropped steps and changed settings, if there were any."""
+    lines = [
+        f"From step {c['step'] + 1} on {c['setting']} was {c['after']}, {c['before']} before."
+        for c in state.get("changes", [])
+    ]
+    if dropped := state.get("bad_steps"):
+        lines.append(f"{dropped} steps with a loss or gradient that is not finite changed nothing.")
+    return " ".join(lines) + "\n" if lines else ""
 
 
 def _facts(about: Facts, config: PreTrainedConfig, report: Facts) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from pipeline.recipe.base import Fraction, NonNegative, Positive, PositiveFloat, Section, ShareBelowOne
+from pipeline.recipe.base import Count, Fraction, NonNegative, Positive, PositiveFloat, Section, ShareBelowOne
 from pipeline.recipe.curriculum import CurriculumConfig, HardnessConfig
 from pipeline.recipe.distill import DistillConfig
 from pipeline.recipe.moe import MoeConfig
@@ -27,6 +27,9 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of AdamW (Qwen's own script has the same); SGD takes it as an L2 term."""
     grad_clip: NonNegative = 1.0
     """Largest global gradient norm, as in every one of those trainers; 0 turns clipping off."""
+    max_bad_steps: Count = 20
+    """Steps in all that may have a loss or gradient that is not finite: they change nothing, are counted and listed.
+    One more, and the job saves its state and stops. Weights gone astray make every step bad, so the bound is small."""
 
 
 class BatchConfig(Section):

@@ -1,26 +1,16 @@
-"""A DeepSpeed engine for a job: the MoE layer that it asks for, and gradient clipping that is right for experts.
-
-DeepSpeed (0.19.8 and before) clips wrongly under ZeRO-0 with expert parallelism (DeepSpeed#8475): every rank takes the
-norm of the gradients that it holds, its own experts' among them, and the ranks' norms are then averaged. The global
-norm is another number: the root of the sum of the shared parameters' squares and *all* experts' squares. `start`
-replaces DeepSpeed's clipping by one with this norm; ZeRO 1 to 3 compute it themselves.
-"""
+"""A DeepSpeed engine for a job: its configuration, the MoE layer that it asks for, and how it treats gradients."""
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
-from deepspeed.moe.utils import is_moe_param
-from deepspeed.utils import groups
-from torch import Tensor
 
 from pipeline.models import deepspeed_config, moe, native_moe, topology
 from pipeline.models.families import moe_layers
 from pipeline.recipe import JobConfig
+from pipeline.training import gradients
 
 
 def start(model: Any, job: JobConfig, ds_json: Mapping[str, Any]) -> Any:
@@ -44,8 +34,7 @@ def start(model: Any, job: JobConfig, ds_json: Mapping[str, Any]) -> Any:
     moe.expect_converted(engine, model.config)
     for layer in moe.converted_layers(engine.module).values():
         assert layer.ep_rank == dist.get_rank(group=layer.ep_group), "DeepSpeed grouped the ranks in another order"
-    # The step calls this under ZeRO-0 in fp32, if clipping is on.
-    engine.clip_fp32_gradients = lambda: clip_gradients(engine)
+    gradients.prepare(engine)
     return engine
 
 
@@ -72,33 +61,3 @@ def _plain_lookups() -> Iterator[None]:
         yield
     finally:
         registry.get = theirs  # type: ignore[method-assign]
-
-
-@torch.no_grad()
-def clip_gradients(engine: Any) -> None:
-    """Scale all gradients so that their global norm is at most the engine's limit. Collective.
-
-    `engine.get_global_grad_norm()` then gives the norm before clipping.
-    """
-    parameters = [p for p in engine.module.parameters() if p.grad is not None]
-    norm = global_norm(parameters)
-    scale = (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0)
-    for parameter in parameters:
-        parameter.grad.mul_(scale)
-    engine._global_grad_norm = float(norm)
-
-
-def global_norm(parameters: list[Any]) -> Tensor:
-    """2-norm of reduced gradients as one vector: shared ones count once, experts on whichever rank they are.
-
-    Args:
-        parameters: with gradients; in one order on every rank.
-    """
-    squares: dict[str, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        squares[parameter.group_name if is_moe_param(parameter) else ""].append(parameter.grad.float().square().sum())
-    sums = {name: torch.stack(terms).sum() for name, terms in sorted(squares.items())}
-    for name, total in sums.items():
-        if name:
-            dist.all_reduce(total, group=groups._get_expert_parallel_group(name))
-    return torch.stack(list(sums.values())).sum().sqrt()

@@ -6,7 +6,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeline.training import checkpoint
-from pipeline.training.job_settings import about, refuse_other_settings, settings
+from pipeline.training.job_settings import about, changes, settings
 from pipeline.training.setup import Setup
 
 
@@ -28,7 +28,7 @@ def save(setup: Setup, step: int, values: Mapping[str, Any]) -> None:
         "metrics": {name: value for name, value in values.items() if isinstance(value, float)},
     }
     probe_arrays, probe_state = setup.export_probe.record()
-    state |= probe_state
+    state |= {**probe_state, **setup.incidents.state_dict()}
     arrays = setup.plan.arrays() | probe_arrays
     if setup.distillation:
         state |= setup.distillation.state_dict()
@@ -39,8 +39,11 @@ def save(setup: Setup, step: int, values: Mapping[str, Any]) -> None:
         setup.distillation.table.save(setup.dir / "hardness.parquet")
 
 
-def resume(setup: Setup) -> int:
+def resume(setup: Setup, *, change_settings: bool = False) -> int:
     """Go on from the job's newest checkpoint: the steps it has done, 0 without one. Collective.
+
+    Args:
+        change_settings: whether settings that can change from a checkpoint on may do so.
 
     Raises:
         CheckpointError: see `checkpoint.load`.
@@ -49,7 +52,9 @@ def resume(setup: Setup) -> int:
     loaded = checkpoint.load(setup.engine, setup.dir / "checkpoints")
     if loaded is None:
         return 0
-    refuse_other_settings(setup.dir, loaded.state["fingerprint"], _fingerprint(setup))
+    changed = changes(setup.dir, loaded.state["fingerprint"], _fingerprint(setup), allowed=change_settings)
+    setup.incidents.load(loaded.state, loaded.step)
+    setup.incidents.change(loaded.step, changed)
     setup.plan.load(loaded.state["plan"], loaded.arrays)
     if setup.distillation:
         setup.distillation.load(loaded.state, loaded.arrays)

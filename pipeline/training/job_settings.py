@@ -11,12 +11,18 @@ from pipeline.recipe import Recipe
 
 FREE: dict[str, Any] = {
     "log_every": True,
+    "optimizer": {"max_bad_steps"},
     "batch": {"micro_size"},
     "moe": {"layer", "native"},
     "performance": True,
     "checkpoint": True,
 }
-"""Settings of a job that change no result: how it is spread over ranks, and what it writes down."""
+"""Settings of a job that change no result: how it is spread over ranks, what it writes down, what it bears."""
+CHANGEABLE = frozenset(
+    "optimizer.lr optimizer.min_lr_share optimizer.warmup_share optimizer.betas optimizer.weight_decay "
+    "optimizer.grad_clip moe.balance moe.z".split()
+)
+"""Settings that a person may change from a checkpoint on: what a training that goes astray is brought back with."""
 
 
 def settings(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -33,11 +39,45 @@ def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     return values | {"seed": recipe.run.seed, "word_alignment": recipe.word_alignment(name)}
 
 
-def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """UserError with both values of every setting in which a job's checkpoint and the recipe differ."""
-    if differs := differences(saved, ours, ("checkpoint", "recipe")):
+def changes(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool) -> list[dict[str, Any]]:
+    """What the recipe says otherwise than a job's checkpoint: `setting`, `before` and `after` of each.
+
+    Args:
+        allowed: whether the user said that settings may change; those in CHANGEABLE then may.
+
+    Raises:
+        UserError: with both values of every setting, when one differs that may not.
+    """
+    lines = differences(saved, ours, ("checkpoint", "recipe"))
+    names = [line.partition(":")[0] for line in lines]
+    fixed = [name for name in names if name not in CHANGEABLE]
+    if fixed or (names and not allowed):
         raise UserError(
-            f"{job_dir}: this job was started with other settings.{listed(differs)}\n"
+            f"{job_dir}: this job was started with other settings.{listed(lines)}\n"
+            f"Restore them, or train under another job name{_way_out(names, fixed)}. Nothing was changed."
+        )
+    return [{"setting": name, "before": _value(saved, name), "after": _value(ours, name)} for name in names]
+
+
+def _way_out(names: list[str], fixed: list[str]) -> str:
+    if not fixed:
+        return "; or start with --change-settings to go on from the checkpoint with the new ones"
+    free = [name for name in names if name not in fixed]
+    return f". Of these, --change-settings allows {', '.join(free)} alone" if free else ""
+
+
+def _value(settings: Mapping[str, Any], name: str) -> Any:
+    value: Any = settings
+    for part in name.split("."):
+        value = value.get(part)
+    return value
+
+
+def refuse_other_settings(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """UserError with both values of every setting in which a finished job's checkpoint and the recipe differ."""
+    if lines := differences(saved, ours, ("checkpoint", "recipe")):
+        raise UserError(
+            f"{job_dir}: this job is finished, with other settings.{listed(lines)}\n"
             "Restore them, or train under another job name. Nothing was changed."
         )
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from pipeline.errors import EXIT_CHECKPOINTED, UserError
+from pipeline.errors import EXIT_CHECKPOINTED
 from pipeline.export import stage as export
-from pipeline.models import checkpoint_folder
 from pipeline.recipe import JobConfig
-from pipeline.training import feed, job_checkpoint
+from pipeline.training import feed, gradients, job_checkpoint
 from pipeline.training.batches import MicroBatch
 from pipeline.training.metrics import MetricsLogger
 from pipeline.training.process import StopFlag
@@ -22,32 +21,44 @@ from pipeline.training.step import StepContext, StepStats, run_step
 from pipeline.training.step_metrics import per_token, scheduled
 
 
-def train(setup: Setup, stop: StopFlag) -> int:
+def train(setup: Setup, stop: StopFlag, *, change_settings: bool = False) -> int:
     """Train from the newest checkpoint to the end, or until a signal. Collective.
+
+    Args:
+        change_settings: whether settings that can change from a checkpoint on may do so.
 
     Returns:
         The exit status: 0 finished and exported, 85 checkpointed after a signal.
 
     Raises:
-        UserError: the loss or a gradient is not finite; nothing of that step is kept.
+        UserError: more steps than allowed had a loss or gradient that is not finite; the state is saved.
     """
     job, rank = setup.job, dist.get_rank()
-    step = job_checkpoint.resume(setup)
+    step = job_checkpoint.resume(setup, change_settings=change_settings)
     progress = tqdm(total=job.steps, initial=step, desc=setup.name, disable=rank != 0, mininterval=1)
+    values: dict[str, Any] = {}
+    next_save = (step // job.checkpoint.every + 1) * job.checkpoint.every
     with _logger(setup, step) as logger, progress:
         for micro_batches, waited in feed.steps(setup, step):
             started = time.monotonic()
             stats, measured = optimize(setup, step, micro_batches, stop=stop.raised)
             step += 1
-            values = measured | per_token(stats, waited, waited + time.monotonic() - started)
-            progress.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
             progress.update()
             # The sum over ranks, not this rank's own flag: all ranks stop after the same step.
             finished, stopped = step == job.steps, stats.sums["stop"] > 0
-            if logger and (finished or stopped or step % job.log_every == 0):
-                logger.log(step, values)
-            if finished or stopped or step % job.checkpoint.every == 0:
+            if measured is not None:
+                values = measured | per_token(stats, waited, waited + time.monotonic() - started)
+                progress.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+                if logger and (finished or stopped or step % job.log_every == 0):
+                    logger.log(step, values)
+            # Not after a dropped step: weights that went astray would push the sound checkpoints out, one by one.
+            due = step >= next_save and measured is not None
+            too_many = setup.incidents.too_many and measured is None
+            if finished or stopped or too_many or due:
                 job_checkpoint.save(setup, step, values)
+                next_save = (step // job.checkpoint.every + 1) * job.checkpoint.every
+            if too_many:
+                setup.incidents.refuse(step)
             if stopped and not finished:
                 return EXIT_CHECKPOINTED
     if rank == 0 and _exported(job):
@@ -58,15 +69,16 @@ def train(setup: Setup, stop: StopFlag) -> int:
 
 def optimize(
     setup: Setup, step: int, micro_batches: Sequence[MicroBatch], *, stop: bool
-) -> tuple[StepStats, dict[str, Any]]:
-    """One optimizer step, refused before it happens when the loss is not finite on any rank. Collective.
+) -> tuple[StepStats, dict[str, Any] | None]:
+    """One optimizer step, which changes nothing when the loss or the gradients are not finite. Collective.
 
     Args:
         step: steps done before this one.
         stop: whether this rank got a signal; becomes the sum `stop` over all ranks.
 
     Returns:
-        Sums over the global batch, and what the step used: learning rate, schedules, gradient norm.
+        Sums over the global batch, and what the step used: learning rate, schedules, gradient norm. None: it changed
+        nothing.
     """
     job, distillation = setup.job, setup.distillation
     lr = setup.schedules.learning_rate(step)
@@ -74,11 +86,14 @@ def optimize(
         group["lr"] = lr
     context = _context(setup, step)
     stats = run_step(context, micro_batches, stop=stop)
-    _refuse_not_finite(setup, step, "loss", stats.sums["loss"], micro_batches)
-    setup.engine.step()
-    norm = setup.engine.get_global_grad_norm()
-    grad_norm = float(norm) if norm is not None else 0.0
-    _refuse_not_finite(setup, step, "gradient norm", grad_norm, micro_batches)
+    loss = stats.sums["loss"]
+    grad_norm = gradients.step(setup.engine, drop=not math.isfinite(loss))
+    if not math.isfinite(loss):
+        setup.incidents.drop(step, "loss", loss, stats.not_finite)
+        return stats, None
+    if not math.isfinite(grad_norm):
+        setup.incidents.drop(step, "gradient norm", grad_norm, [i for m in micro_batches for i in m.sample_ids])
+        return stats, None
     if distillation:
         most = -(-job.batch.global_size // dist.get_world_size())
         distillation.learn(stats, step, job, most, setup.engine.device)
@@ -103,19 +118,6 @@ def _context(setup: Setup, step: int) -> StepContext:
         normaliser=distillation.normaliser.value if distillation else 1.0,
         feature_beta=schedules.feature_beta(step),
         feature_normaliser=distillation.feature_normaliser.value if distillation else 1.0,
-    )
-
-
-def _refuse_not_finite(setup: Setup, step: int, what: str, value: float, micro_batches: Sequence[MicroBatch]) -> None:
-    """UserError when the value, the same on all ranks, is NaN or infinite."""
-    if math.isfinite(value):
-        return
-    saved = checkpoint_folder.latest(setup.dir / "checkpoints")
-    raise UserError(
-        f"job {setup.name!r}, step {step + 1}: the {what} is {value}. This rank's samples: "
-        f"{[i for m in micro_batches for i in m.sample_ids]}. Nothing of this step was saved; the last checkpoint "
-        f"is {saved.name if saved else 'none'}. Lower jobs.{setup.name}.optimizer.lr, now "
-        f"{setup.job.optimizer.lr}, or inspect these."
     )
 
 

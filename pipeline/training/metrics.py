@@ -17,7 +17,7 @@ class MetricsLogger:
 
         self.path = job_dir / "metrics.jsonl"
         job_dir.mkdir(parents=True, exist_ok=True)
-        _drop_after(self.path, resume_step)
+        drop_after(self.path, resume_step)
         self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(job_dir / "tensorboard"), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
 
@@ -47,7 +47,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
+    """Take the lines of later steps out of a file that has a line a step."""
     kept = [row for row in read_metrics(path) if row["step"] <= step]
     if path.exists():
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))

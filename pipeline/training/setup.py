@@ -26,6 +26,7 @@ from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.training import engine
 from pipeline.training.distillation import Distillation
 from pipeline.training.export_probe import ExportProbe
+from pipeline.training.incidents import Incidents
 from pipeline.training.process import from_first_rank
 
 
@@ -58,6 +59,7 @@ class Setup:
     """Gives the logits that an export is held against."""
     template: Template | None
     """Files that an export needs besides weights; on rank 0, which writes checkpoints."""
+    incidents: Incidents
 
     @property
     def dir(self) -> Path:
@@ -110,6 +112,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         cells=CellWords(processor) if aligned else None,
         export_probe=ExportProbe(model_engine, processor, job),
         template=export.template_files(folder, recipe.processor_dir) if dist.get_rank() == 0 else None,
+        incidents=Incidents(recipe.job_dir(name), name, job.optimizer.max_bad_steps),
     )
 
 

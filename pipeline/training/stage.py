@@ -46,4 +46,4 @@ def main(recipe: Recipe, options: argparse.Namespace) -> int:
     start_distributed()
     torch.manual_seed(recipe.run.seed)
     with only_one(recipe.job_dir(name), dist.get_rank()), contact():
-        return train(set_up(recipe, name, job, ds_json), stop)
+        return train(set_up(recipe, name, job, ds_json), stop, change_settings=options.change_settings)

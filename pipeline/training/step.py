@@ -5,6 +5,7 @@ J feature rows (see `features`).
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +37,8 @@ class StepStats:
     sums: dict[str, float] = field(default_factory=dict)
     index: list[Tensor] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
+    """sample_ids of this rank's micro-batches whose loss is NaN or infinite."""
     router_load_LE: Tensor | None = None
     """Tokens routed to each expert of each MoE layer, over all ranks and accumulation steps."""
 
@@ -114,7 +117,7 @@ class StepContext:
 def run_step(context: StepContext, micro_batches: Sequence[MicroBatch], *, stop: bool = False) -> StepStats:
     """Forward and backward of every micro-batch; the optimizer has not stepped yet, so a bad loss can still stop it.
 
-    The last `engine.step()` is left to the caller, who checks the returned sums first. `stop` (a signal came) is
+    The last `engine.step()` is left to the caller, who looks at the returned sums first. `stop` (a signal came) is
     summed with them, so that all ranks stop at the same step.
     """
     stats = StepStats()
@@ -148,7 +151,10 @@ def _forward(
         positions=micro.inputs["attention_mask"].sum(),
         targets_read=micro.targets_read,
     )
-    stats.add(loss=terms.loss_sum.detach(), ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
+    share = float(terms.loss_sum.detach())
+    stats.add(loss=share, ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
+    if not math.isfinite(share):
+        stats.not_finite += micro.sample_ids
     features = None
     if states is not None and context.features is not None:
         features = _feature_terms(context, states.hidden_BSD, micro, stats)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.models import loading, moe, router
-from pipeline.training import checkpoint, engine_state
+from pipeline.training import checkpoint, engine_state, gradients
 from pipeline.training.engine import start
 from tests.helpers import ranks, tiny
 
@@ -83,8 +83,12 @@ def _step(engine: Any, probe: router.RouterProbe, spec: dict[str, Any], step: in
             loads = [
                 router.expert_counts(x, 2, inputs["attention_mask"].flatten().bool()).tolist() for x in probe.take()
             ]
-        engine.backward(local * world * gas / count)
-        engine.step()
+        bad = spec.get("bad", {}).get(str(step))
+        poison = float("nan") if bad == "gradient" and rank == 1 and part == 0 else 1.0
+        engine.backward(local * world * gas / count * poison)
+        if part + 1 < gas:
+            engine.step()
         total += local.detach()
+    norm = gradients.step(engine, drop=bad == "drop")
     dist.all_reduce(total)
-    return [total.item() / count, float(engine.get_global_grad_norm() or 0), loads]
+    return [total.item() / count, norm, loads]

@@ -1,5 +1,6 @@
 """Tiny Qwen3-VL models, uneven batches and a plain torch trainer that the parallel ones are compared with."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -158,11 +159,16 @@ def sections(values: dict[str, object]) -> dict[str, object]:
 
 
 def reference_run(
-    model: PreTrainedModel, steps: int, lr: float, clip: float, optimizer: torch.optim.Optimizer | None = None
+    model: PreTrainedModel,
+    steps: int,
+    lr: float,
+    clip: float,
+    optimizer: torch.optim.Optimizer | None = None,
+    left_out: Collection[int] = (),
 ) -> list[tuple[float, float]]:
     """Plain torch on whole batches in one process: (mean loss, gradient norm before clipping) per step.
 
-    `optimizer`: over the model's parameters; None: SGD with `lr`.
+    `optimizer`: over the model's parameters; None: SGD with `lr`. `left_out`: steps that change nothing.
     """
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr)
     history = []
@@ -172,6 +178,7 @@ def reference_run(
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
+        if step not in left_out:
+            optimizer.step()
         history.append((loss.item(), norm.item()))
     return history
