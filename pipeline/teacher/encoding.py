@@ -4,11 +4,12 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipeline.data.collate import Batch, collate
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
+from pipeline.data.shipping import loaded
 
 WINDOW_BATCHES = 8
 """Batches whose samples are encoded together and sorted by length: little padding, bounded memory."""
@@ -50,7 +51,7 @@ def encoded_windows(
 
     Args:
         shards: samples by shard number.
-        workers: processes that encode while this one computes; at least one is started.
+        workers: processes that encode while this one computes; 0: this one encodes too.
         take: asked once for each shard, shortly before its first window is encoded.
     """
     size = WINDOW_BATCHES * batch_size
@@ -62,5 +63,5 @@ def encoded_windows(
     by_shard = itertools.groupby(range(len(windows)), key=lambda place: windows[place].shard)
     taken = (place for shard, places in by_shard if take(shard) for place in places)
     dataset = EncodedWindows(windows, processor, batch_size)
-    # The sampler is a generator: the loader asks it for a few windows ahead and not for all, so `take` is asked late.
-    yield from DataLoader(dataset, batch_size=None, sampler=taken, num_workers=max(1, workers))
+    # The order is a generator: the loader asks it for a few windows ahead and not for all, so `take` is asked late.
+    yield from loaded(dataset, workers, order=taken)

@@ -29,8 +29,12 @@ def until_logged(run: Path, steps: int, process: subprocess.Popen) -> None:
 
 
 def test_torchrun_passes_a_signal_on_and_deepspeeds_launcher_resumes(run, uninterrupted):
-    """Signalled, the ranks checkpoint; the other launcher goes on to the weights of the forked ranks' training."""
-    launcher = subprocess.Popen([*TORCHRUN, str(free_port()), *train_words(run)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    """Signalled, the ranks checkpoint; the other launcher goes on to the weights of the forked ranks' training.
+
+    torchrun signals whole process groups: the workers that read the data get it too.
+    """
+    command = [*TORCHRUN, str(free_port()), *train_words(run, "data.workers=1")]
+    launcher = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     until_logged(run, 2, launcher)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(120) != 0

@@ -1,9 +1,18 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
+from pipeline.data import shipping
 from pipeline.data.shipping import loaded, pack, unpack
 from pipeline.targets.soft_targets import SoftTargets
+from tests.helpers.paths import ROOT
 from tests.helpers.soft_targets import random_targets
 
 
@@ -37,6 +46,32 @@ def test_the_bytes_travel_in_one_block():
     assert size <= len(block) < size + 5 * 64
 
 
+SMALL = "mount -t tmpfs -o size=16m tmpfs /dev/shm && exec"
+SCRIPT = """
+import torch
+from pipeline.data.shipping import loaded
+
+class Large(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, place):
+        return torch.full((40, 2**18), float(place))
+
+print([(item.shape, float(item.sum()) / item.numel()) for item in loaded(Large(), 2)])
+"""
+
+
+@pytest.mark.slow
+def test_items_larger_than_all_shared_memory():
+    """Containers have 64 MB; here 16, and items of 40."""
+    if subprocess.run(["unshare", "-m", "bash", "-c", f"{SMALL} true"], capture_output=True).returncode:
+        pytest.skip("no mount name space of one's own: needs root and util-linux")
+    command = ["unshare", "-m", "bash", "-c", f'{SMALL} "$@"', "x", sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == str([(torch.Size([40, 2**18]), float(place)) for place in range(4)])
+
+
 class Targets(torch.utils.data.Dataset):
     def __len__(self):
         return 7
@@ -52,3 +87,48 @@ def test_workers_give_the_same_in_the_same_order(workers):
     for position, targets in enumerate(got):
         assert isinstance(targets, SoftTargets)
         assert torch.equal(targets.logprobs, Targets()[position].logprobs)
+
+
+def test_items_in_an_order_that_is_asked_for_late():
+    asked = []
+
+    def order():
+        for place in (5, 0, 3):
+            asked.append(place)
+            yield place
+
+    got = loaded(Targets(), 0, order())
+    assert len(next(got)) == 6 and asked == [5]
+    assert [len(targets) for targets in got] == [1, 4]
+    assert [len(targets) for targets in loaded(Targets(), 1, (5, 0, 3))] == [6, 1, 4]
+
+
+def test_without_shared_memory_the_same_goes_through_pipes(monkeypatch, tmp_path):
+    """No byte of a batch goes to /dev/shm when it is small; the values are those that go there otherwise."""
+    targets = random_targets(400, 700, 8)
+    assert isinstance(pack(targets)[1], torch.Tensor)
+    monkeypatch.setattr(shipping, "SHARED", str(tmp_path / "absent"))
+    head, block = pack(targets)
+    assert isinstance(block, bytes)
+    back = unpack(head, block)
+    assert torch.equal(back.ids, targets.ids) and torch.equal(back.logprobs, targets.logprobs)
+    back.ids[0] = 0  # may be written to
+    got = list(loaded(Targets(), 2))
+    assert [len(item) for item in got] == [1, 2, 3, 4, 5, 6, 7]
+    assert torch.equal(got[4].logprobs, Targets()[4].logprobs)
+
+
+def test_workers_outlive_a_signal_to_all_processes_but_not_the_loader():
+    got = loaded(Targets(), 2)
+    items = [next(got)]
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for worker in workers:
+            os.kill(worker.pid, number)
+        items.append(next(got))
+    assert [len(targets) for targets in items + list(got)] == [1, 2, 3, 4, 5, 6, 7]
+    deadline = time.monotonic() + 20
+    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(worker.is_alive() for worker in workers)
