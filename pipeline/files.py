@@ -5,6 +5,7 @@ import ctypes
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,15 @@ def sync(path: Path) -> None:
 # -- hashing and comparing ---------------------------------------------------------------------------------------------
 
 
+YOUNG_S = 3.0
+"""A file younger than this may still change without another time stamp, so its hash is not remembered."""
+
+
 def weights_hash(folder: Path) -> str:
     """xxh3-128 over a folder's safetensors files in name order, names included.
+
+    Remembered in the user's cache folder as long as size, time and inode of every file stay the same: to read the
+    weights of an 8B model takes half a minute and more.
 
     Raises:
         UserError: there are no weights.
@@ -108,13 +116,34 @@ def weights_hash(folder: Path) -> str:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: there are no weights (*.safetensors)")
+    seen = [_stamp(file) for file in files]
+    note = cache() / "weights" / f"{xxhash.xxh3_64_hexdigest(str(Path(folder).resolve()))}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        known = json.loads(note.read_text())
+        if known["files"] == seen:
+            return str(known["hash"])
     digest = xxhash.xxh3_128()
     for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(READ_BYTES):
                 digest.update(block)
+    old = all(time.time() - time_ns / 1e9 > YOUNG_S for _, _, time_ns, _ in seen)
+    if old and seen == [_stamp(file) for file in files]:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time alone
+            note.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, {"folder": str(folder), "files": seen, "hash": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def _stamp(file: Path) -> list[Any]:
+    found = file.stat()
+    return [file.name, found.st_size, max(found.st_mtime_ns, found.st_ctime_ns), found.st_ino]
+
+
+def cache() -> Path:
+    """The folder for what can be made again, of this user: $XDG_CACHE_HOME/clkd."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clkd")
 
 
 def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], names: tuple[str, str]) -> list[str]:

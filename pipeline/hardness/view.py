@@ -18,7 +18,7 @@ from pipeline.hardness.scores import Scorer, Visit
 from pipeline.method.hardness import HardnessTable
 from pipeline.method.pooling import prior_hardness
 from pipeline.recipe import DistillConfig, HardnessConfig, Recipe
-from pipeline.targets.identity import dataset_fingerprint, expected_identity
+from pipeline.targets.identity import dataset_fingerprint, known_identity
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 
@@ -40,7 +40,7 @@ class Run:
         """Raises UserError when the data, the processor or the store is missing, or they do not belong together."""
         samples = open_training_split(recipe)
         processor = Processor.load(recipe.processor_dir, recipe.data)
-        identity = expected_identity(recipe, processor)
+        identity = known_identity(recipe, processor)
         store = SoftTargetStore.open(recipe.store_url, identity)
         store.require(samples.sample_ids, dataset_fingerprint(samples))
         sketches = SketchStore.open(recipe.store_url, identity) if recipe.targets.sketches else None

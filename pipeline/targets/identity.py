@@ -24,18 +24,34 @@ def expected_identity(recipe: Recipe, processor: Processor) -> Identity:
     Raises:
         UserError: the teacher is not there.
     """
-    teacher_dir = recipe.model_dir(recipe.teacher)
-    if not (teacher_dir / "config.json").is_file():
-        raise UserError(f"{teacher_dir}: there is no teacher. Train it first, or correct targets.teacher.")
+    if not _teacher_is_there(recipe):
+        raise UserError(
+            f"{recipe.model_dir(recipe.teacher)}: there is no teacher. Train it first, or correct targets.teacher."
+        )
+    return known_identity(recipe, processor)
+
+
+def known_identity(recipe: Recipe, processor: Processor) -> Identity:
+    """The same as far as it can be told: without the teacher's weights where its folder is not (any more) on disk.
+
+    For who reads a store: it says itself what it was made from.
+    """
+    weights = {}
+    if _teacher_is_there(recipe):
+        weights = {"teacher_weights": weights_hash(recipe.model_dir(recipe.teacher))}
     return {
         "format_version": FORMAT_VERSION,
         **identity_of(recipe.targets.codec, make_spec(recipe.targets, processor.vocab_size)),
         **sketches.identity_of(recipe.targets.sketches),
         "temperature": recipe.targets.temperature,
         "dtype": recipe.targets.dtype,
-        "teacher_weights": weights_hash(teacher_dir),
+        **weights,
         **{f"processor_{name}": value for name, value in processor.identity().items()},
     }
+
+
+def _teacher_is_there(recipe: Recipe) -> bool:
+    return (recipe.model_dir(recipe.teacher) / "config.json").is_file()
 
 
 def dataset_fingerprint(samples: Sequence[Sample]) -> str:

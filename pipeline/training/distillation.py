@@ -18,9 +18,10 @@ from pipeline.method.losses import WeightNormaliser
 from pipeline.method.release import ClosingGap
 from pipeline.method.schedules import Schedules
 from pipeline.recipe import AdaptiveConfig, JobConfig, Recipe
-from pipeline.targets.identity import dataset_fingerprint, expected_identity
+from pipeline.targets.identity import dataset_fingerprint, known_identity
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
+from pipeline.training.process import from_first_rank
 from pipeline.training.step import StepStats
 from pipeline.training.validation_gap import GapProbe, hold_out
 
@@ -55,7 +56,8 @@ class Distillation:
         """
         if job.distill is None and job.curriculum is None:
             return None
-        identity = expected_identity(recipe, processor)
+        # The first rank asks: to tell the teacher may take reading all of its weights.
+        identity = from_first_rank(lambda: known_identity(recipe, processor))
         store = SoftTargetStore.open(recipe.store_url, identity)
         ids = sample_ids(samples)
         store.require(ids, dataset_fingerprint(samples))

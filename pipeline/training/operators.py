@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import UserError
+from pipeline.files import cache
 
 FOLDER_VARIABLE = "TORCH_EXTENSIONS_DIR"
 """Torch's variable for the folder; if the user has set it, it stays."""
@@ -34,8 +35,7 @@ def own_folder() -> Path:
     places = [spec.origin for name in versions if (spec := find_spec(name))]  # without importing them
     text = "\n".join(map(str, (sys.prefix, sys.version, *versions.items(), *places)))
     name = f"torch-{versions['torch'].partition('+')[0]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "clkd", "operators", name)
+    return cache() / "operators" / name
 
 
 def prepare() -> None:

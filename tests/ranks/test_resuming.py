@@ -32,6 +32,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, uninterrupted):
     assert losses(run) == losses(uninterrupted)
 
 
+def test_a_complete_store_is_enough_and_no_rank_needs_the_teacher(run, uninterrupted):
+    shutil.rmtree(run / "jobs" / "teacher")
+    train(run)
+    assert same_weights(weights(run), weights(uninterrupted))
+
+
 def test_a_signalled_process_ends_with_85_and_goes_on(run):
     assert interrupt(run, after=1, ranks=1, number=signal.SIGUSR1) == (85,)
     first = saved_step(run)

@@ -44,9 +44,16 @@ def read_identity(folder: Folder) -> Identity:
         raise StoreError(f"{error}. {_START_AGAIN}") from None
 
 
+TEACHER = "teacher_weights"
+
+
 def refuse_differences(folder: Folder, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """StoreError naming every field of the identity that differs, with both values."""
-    if differs := differences(stored, dict.fromkeys(stored) | dict(wanted), ("store", "this run")):
+    """StoreError naming every field of the identity that differs, with both values.
+
+    `wanted` may lack the teacher's weights: who reads need not have the teacher.
+    """
+    ours = {name: None for name in stored if name != TEACHER} | dict(wanted)
+    if differs := differences(stored, ours, ("store", "this run")):
         raise StoreError(
             f"{folder}: the soft-target store was made with another identity.{listed(differs)}\n"
             "Set targets.store to another folder (or delete this one), then run "

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
 
+from pipeline import files
 from pipeline.benchmark import random_models
 from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
@@ -195,6 +198,28 @@ def test_weights_hash_sees_one_flipped_bit(folder):
     assert weights_hash(folder) != before
     with pytest.raises(UserError, match="no weights"):
         weights_hash(folder.parent)
+
+
+def test_weights_are_read_once_as_long_as_the_files_stay(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    read = []
+    theirs = Path.open
+    monkeypatch.setattr(
+        Path, "open", lambda self, *rest, **more: (read.append(self.name), theirs(self, *rest, **more))[1]
+    )
+    young = weights_hash(folder)
+    assert weights_hash(folder) == young and read.count("model.safetensors") == 2  # could still change unseen
+    monkeypatch.setattr(files, "YOUNG_S", 0.0)
+    assert weights_hash(folder) == young
+    read.clear()
+    assert weights_hash(folder) == young and "model.safetensors" not in read
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert weights_hash(folder) != young
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # no place to remember it
+    assert weights_hash(folder) == weights_hash(folder)
 
 
 def test_foreign_model_is_refused_with_every_difference(processor):
