@@ -8,8 +8,10 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 CPU_ENV := DS_ACCELERATOR=cpu HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PATH="$(abspath $(VENV))/bin:$$PATH"
 
-# Test files side by side, in the order of tests/conftest.py; each file's fixtures are made once.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Test files side by side, in the order of tests/conftest.py; each file's fixtures are made once. One more than two cores have: tests
+# wait for the processes that they start.
+TEST_PROCESSES ?= 3
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # of make ablation: cells at once; the split that is scored
 JOBS ?= 1

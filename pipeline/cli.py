@@ -135,7 +135,7 @@ def _plan(add: Add) -> None:
 def _run(add: Add) -> None:
     _deepspeed(add)
     _changes(add)
-    add("--ranks", type=int, default=2, metavar="N", help="training processes on this machine (2)")
+    add("--ranks", type=int, metavar="N", help="training processes on this machine (one a GPU; 2 on the CPU)")
 
 
 def _submit(add: Add) -> None:

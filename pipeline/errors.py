@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and the one place where they become an exit status."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -9,6 +10,8 @@ EXIT_LOST_CONTACT = 75
 EXIT_CHECKPOINTED = 85
 """A signal came, and the job wrote a checkpoint: start it again to go on."""
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+"""As of a process that SIGPIPE ended."""
 
 
 class UserError(ValueError):
@@ -46,6 +49,10 @@ def run_main(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `clkd ... | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(EXIT_BROKEN_PIPE)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.status)

@@ -1,6 +1,6 @@
 """Scores of answers by what they say, parsed from text alone: no model, no image.
 
-Object kinds, categories and actions are those of the embedded data set (`scene_world`); ROUGE-L is a labelled proxy
+Object kinds, categories and actions are those of the embedded data set (`world.py`); ROUGE-L is a labelled proxy
 for everything else an answer says.
 """
 

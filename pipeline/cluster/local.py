@@ -8,6 +8,7 @@ Every stage is restartable and skips what is finished, so the same command goes 
 import argparse
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,10 +20,13 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.files import write_json
+from pipeline.models import topology
 from pipeline.recipe import Recipe, Reference
 
 PR_SET_PDEATHSIG = 1
 POLL_S = 0.1
+CPU_RANKS = 2
+"""Training processes without a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +81,13 @@ def plan(
     return list(stages.values())
 
 
-def run(stages: Sequence[Stage], run_dir: Path) -> None:
+def run(stages: Sequence[Stage], run_dir: Path, gpus: Sequence[str] = ()) -> None:
     """Run the stages in order, recording each one's wall time. UserError with the stage's command if one fails."""
     durations = _Durations(run_dir / "stages.json")
     for position, stage in enumerate(stages, 1):
         print(f"\n[{position}/{len(stages)}] {stage.name}", flush=True)
         started = time.monotonic()
-        failed = _run_together(stage)
+        failed = _run_together(stage, gpus)
         durations.add(stage.name, time.monotonic() - started)
         if failed is not None:
             status, shown = failed[0], " ".join(failed[1])
@@ -94,11 +98,11 @@ def run(stages: Sequence[Stage], run_dir: Path) -> None:
     print(f"\ntotal {sum(durations.seconds.values()):.0f} s in finished stages; report: {run_dir / 'report.html'}")
 
 
-def _run_together(stage: Stage) -> tuple[int, tuple[str, ...]] | None:
+def _run_together(stage: Stage, gpus: Sequence[str]) -> tuple[int, tuple[str, ...]] | None:
     """Run the stage's commands to their end; status and command of the first that failed, after which the rest end."""
     running = {}
     for number, command in enumerate(stage.commands):
-        variables = environment(stage.processes) | (_one_of_many(number) if len(stage.commands) > 1 else {})
+        variables = environment(stage.processes, gpus) | (one_of_many(number, gpus) if len(stage.commands) > 1 else {})
         running[subprocess.Popen(command, env=variables, preexec_fn=die_with_parent)] = command
     failed = None
     try:
@@ -123,12 +127,26 @@ def _end(processes: Iterable[subprocess.Popen[bytes]]) -> None:
         process.terminate()
 
 
-def _one_of_many(number: int) -> dict[str, str]:
-    """Variables of one of several workers: a GPU of its own, where there are any, and a progress bar for the first."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else []
-    own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)] if gpus else str(number)}
+def one_of_many(number: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Variables of one of several workers: a GPU, where there are any, and a progress bar for the first alone.
+
+    Args:
+        gpus: names of the visible devices, as in CUDA_VISIBLE_DEVICES; workers beyond their number share them.
+    """
+    own = {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {}
     return own | ({"TQDM_DISABLE": "1"} if number else {})
+
+
+def visible_gpus() -> list[str]:
+    """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them; none where DS_ACCELERATOR says cpu."""
+    import torch  # slow, and a chain of one's own (slurm/) does without
+
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name for name in named.split(",") if name] if named is not None else []
+    count = torch.cuda.device_count()
+    return names[:count] if names else [str(number) for number in range(count)]
 
 
 class _Durations:
@@ -143,11 +161,11 @@ class _Durations:
         write_json(self.path, self.seconds)
 
 
-def environment(processes: int) -> dict[str, str]:
-    """Variables of a stage's processes: its share of the cores, CPU collectives. What the caller has set stays."""
+def environment(processes: int, gpus: Sequence[str]) -> dict[str, str]:
+    """Variables of a stage's processes: its share of the cores; the CPU where there is no GPU. The caller's stay."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     return {
-        "DS_ACCELERATOR": "cpu",
+        **({} if gpus else {"DS_ACCELERATOR": "cpu"}),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -165,9 +183,39 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def choose_ranks(wanted: int | None, gpus: int) -> int:
+    """Training processes: one a GPU, or two on the CPU, unless the user says how many.
+
+    Raises:
+        UserError: more than one a GPU, which NCCL refuses.
+    """
+    if wanted is not None and gpus and wanted > gpus:
+        raise UserError(
+            f"--ranks {wanted}: a rank needs a GPU of its own, and {gpus} can be seen. Give --ranks {gpus}, or "
+            "DS_ACCELERATOR=cpu to compute on the CPU. Nothing was started."
+        )
+    return wanted or gpus or CPU_RANKS
+
+
+def fitting(ds_config: Path, ranks: int, run_dir: Path) -> Path:
+    """The DeepSpeed JSON, or one in the run's folder whose expert-parallel groups so many ranks can form."""
+    config = topology.read_deepspeed_config(ds_config)
+    size = topology.expert_parallel_size(config)
+    common = math.gcd(size, ranks)
+    if common == size:
+        return ds_config
+    print(f"{ds_config}: {ranks} rank(s) share a layer's experts by {common}, in place of {size}")
+    own = run_dir / "deepspeed.json"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    write_json(own, config | {"expert_parallel": config["expert_parallel"] | {"autoep_size": common}})
+    return own
+
+
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The command `run`."""
-    recipe_args = [str(options.recipe), *options.overrides]
-    ds_config = options.deepspeed_config or recipe.cluster.deepspeed
+    gpus = visible_gpus()
+    ranks = choose_ranks(options.ranks, len(gpus))
+    ds_config = options.deepspeed_config or fitting(recipe.cluster.deepspeed, ranks, recipe.run.dir)
     train_options = ["--change-settings"] * options.change_settings
-    run(plan(recipe, recipe_args, ds_config, options.ranks, train_options), recipe.run.dir)
+    recipe_args = [str(options.recipe), *options.overrides]
+    run(plan(recipe, recipe_args, ds_config, ranks, train_options), recipe.run.dir, gpus)

@@ -15,7 +15,6 @@ pipeline/models/cost/activations.py and pipeline/models/cost/flops.py; tests hol
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -235,12 +234,7 @@ def _changed(job: JobConfig, section: str, **values: Any) -> JobConfig:
 def soft_target_bytes(recipe: Recipe, vocabulary: int, samples: int, answers: int) -> int:
     """Bytes of the whole store. An upper bound for the codec `sampled`: there a token's bytes depend on the teacher."""
     spec = codecs.make_spec(recipe.targets, vocabulary)
-    if recipe.targets.codec == "sampled":
-        bits = spec.draws * (codecs.id_bits(vocabulary) + 2)  # every draw another token
-        token = 5 + math.ceil(bits / 8)
-    else:
-        token = {"packed": codecs.packed_bytes, "compact": codecs.compact_bytes}[recipe.targets.codec](spec)
-    return samples * answers * token
+    return samples * answers * codecs.CODECS[recipe.targets.codec].most_bytes(spec)
 
 
 def count_samples(recipe: Recipe, given: int | None) -> int | None:

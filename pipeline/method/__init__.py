@@ -1,1 +1,1 @@
-"""The method's mathematics: losses, hardness, curriculum, release. No files, no model, no collectives."""
+"""The method's mathematics: losses, hardness, curriculum, release. No data set, no checkpoint, no collectives."""

@@ -53,6 +53,8 @@ class Codec:
     """(bytes, T, spec) -> targets"""
     joinable: bool
     """Bytes of several samples, one behind the other, are the bytes of all their tokens."""
+    most_bytes: Callable[[Spec], int]
+    """(spec) -> bytes of a token, or the most that it can take."""
 
 
 def make_spec(settings: TargetsConfig, vocab_size: int) -> Spec:
@@ -321,10 +323,14 @@ def _keep_draws(logits_TV: Tensor, gold_T: Tensor, offsets_T: Tensor, temperatur
     return drawn_from_logits(logits_TV, gold_T, spec.draws, temperature, offsets_T)
 
 
+def _most_sampled_bytes(spec: Spec) -> int:
+    return 5 + -(-spec.draws * (id_bits(spec.vocab_size) + 2) // 8)  # every draw another token
+
+
 CODECS: dict[str, Codec] = {
-    "packed": Codec(("top_k", "bits"), 7, _keep_top_k, encode_packed, decode_packed, True),
-    "compact": Codec(("top_k", "bits"), 5, _keep_top_k, encode_compact, decode_compact, True),
-    "sampled": Codec(("draws",), 0, _keep_draws, encode_sampled, decode_sampled, False),
+    "packed": Codec(("top_k", "bits"), 7, _keep_top_k, encode_packed, decode_packed, True, packed_bytes),
+    "compact": Codec(("top_k", "bits"), 5, _keep_top_k, encode_compact, decode_compact, True, compact_bytes),
+    "sampled": Codec(("draws",), 0, _keep_draws, encode_sampled, decode_sampled, False, _most_sampled_bytes),
 }
 """Codecs by the name that stands in a recipe and in a store's manifest. The meaning of a name's bytes changes only with
 `shards.FORMAT_VERSION`."""

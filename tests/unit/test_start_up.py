@@ -78,3 +78,10 @@ def test_submitting_and_status_need_no_torch(tmp_path):
     ended, modules = after(submit, ["status", str(recipe)], PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert ended == ["done", "done"]
     assert not modules & (HEAVY - {"numpy"})  # of the store's index
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{sys.executable} -m pipeline --help | true"], cwd=ROOT, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster.local import Stage, plan, run
+from pipeline.cluster.local import Stage, choose_ranks, environment, fitting, one_of_many, plan, run, visible_gpus
 from pipeline.errors import UserError
+from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import load_recipe
 from tests.helpers.paths import RECIPES
 
@@ -59,3 +60,54 @@ def test_commands_of_a_stage_run_at_once_and_a_failing_one_ends_the_others(tmp_p
     assert (tmp_path / "out").read_text() == "hello\n", "each waits for the other: one after the other would hang"
     with pytest.raises(UserError, match="status 3: sh -c exit 3"):
         run([Stage("half", (("sleep", "600"), ("sh", "-c", "exit 3")))], tmp_path)
+
+
+@pytest.mark.parametrize(("wanted", "gpus", "ranks"), [(None, 0, 2), (3, 0, 3), (None, 1, 1), (None, 8, 8), (4, 8, 4)])
+def test_a_rank_for_every_gpu_or_two_on_the_cpu(wanted, gpus, ranks):
+    assert choose_ranks(wanted, gpus) == ranks
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(UserError, match=r"--ranks 2: .* 1 can be seen\. Give --ranks 1, or DS_ACCELERATOR=cpu"):
+        choose_ranks(2, 1)
+
+
+def test_workers_compute_on_gpus_that_exist():
+    devices = [one_of_many(number, ["3", "5"]).get("CUDA_VISIBLE_DEVICES") for number in range(5)]
+    assert devices == ["3", "5", "3", "5", "3"]
+    assert all(one_of_many(number, ["0"])["CUDA_VISIBLE_DEVICES"] == "0" for number in range(3))
+    assert [one_of_many(number, []) for number in range(2)] == [{}, {"TQDM_DISABLE": "1"}]
+
+
+def test_stages_go_to_the_cpu_only_where_there_is_no_gpu(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert environment(1, [])["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in environment(1, ["0"])
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert environment(1, [])["DS_ACCELERATOR"] == "cuda"  # the user's word
+
+
+def test_gpus_that_can_be_seen_have_the_users_names(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for named, names in ((None, ["0", "1"]), ("4,6", ["4", "6"]), ("GPU-ab,GPU-cd", ["GPU-ab", "GPU-cd"])):
+        if named is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert visible_gpus() == names
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == []
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert visible_gpus() == []
+
+
+def test_the_deepspeed_json_fits_the_ranks(tmp_path):
+    smoke = Path("cpu_smoke")
+    assert fitting(smoke, 2, tmp_path) == fitting(smoke, 4, tmp_path) == smoke
+    assert not list(tmp_path.iterdir())
+    own = read_deepspeed_config(fitting(smoke, 1, tmp_path / "run"))
+    assert own["expert_parallel"] == {"enabled": True, "autoep_size": 1}
+    assert own["zero_optimization"] == read_deepspeed_config(smoke)["zero_optimization"]
