@@ -44,12 +44,13 @@ class Processor:
         max_length: int,
         origin: str,
         cuts_answers: bool = False,
+        box_width: int = 2,
     ) -> None:
         """Wrap parts loaded from the folder `origin`. Raises UserError as `load` does."""
         processor_folder.check_tokenizer(tokenizer, origin)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.max_length, self.cuts_answers = max_length, cuts_answers
+        self.max_length, self.cuts_answers, self.box_width = max_length, cuts_answers, box_width
         self.origin = origin
         vocab = tokenizer.get_vocab()
         token_id = {token: vocab[token] for token in SPECIAL_TOKENS}
@@ -72,7 +73,7 @@ class Processor:
         """
         path = Path(path)
         tokenizer, image_processor = processor_folder.read(path, data)
-        return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut")
+        return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut", data.box_width)
 
     def encode(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """Prompt, answer and <|im_end|>; the answer and its end are labels.
@@ -105,7 +106,7 @@ class Processor:
     def encode_prompt(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """Everything up to and with the assistant's header, all labels -100. Raises DataError as `encode`."""
         _check_text(sample, "prompt", sample.prompt)
-        images = [load_image(sample, i) for i in range(len(sample.images))]
+        images = [load_image(sample, i, box_width=self.box_width) for i in range(len(sample.images))]
         if blind:
             images = [Image.new("RGB", image.size, GREY) for image in images]
         pixel_values, grid_n3 = self._encode_images(sample, images)
@@ -144,9 +145,11 @@ class Processor:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def identity(self) -> dict[str, str]:
-        """sha256 of all that changes an encoding, and the length at which answers are cut, if they are."""
-        length = {"max_length": str(self.max_length)} if self.cuts_answers else {}
-        return {**length, **processor_folder.identity(self.tokenizer, self.image_processor)}
+        """sha256 of all that changes an encoding; a box's line; the length at which answers are cut, if they are."""
+        settings = {"box_width": str(self.box_width)}
+        if self.cuts_answers:
+            settings["max_length"] = str(self.max_length)
+        return settings | processor_folder.identity(self.tokenizer, self.image_processor)
 
     def _prompt_ids(self, sample: Sample) -> list[int]:
         """Token ids of the rendered chat, one placeholder per image."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 
 from pipeline.errors import DataError
 
@@ -68,8 +69,11 @@ def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
     return replace(sample, sample_id=sample_id)
 
 
-def load_image(sample: Sample, index: int = 0) -> Image.Image:
-    """Decode one image as RGB, the region marked by a red rectangle as CODA-LM does.
+def load_image(sample: Sample, index: int = 0, *, box_width: int = 2) -> Image.Image:
+    """Decode one image as RGB of 8 bits, turned as its EXIF data say, the region marked by a red rectangle.
+
+    Args:
+        box_width: of the rectangle's line in pixels; CODA-LM's is 2.
 
     Raises:
         DataError: the file cannot be read as an image, is larger than MAX_IMAGE_PIXELS, or the region lies outside it.
@@ -78,7 +82,7 @@ def load_image(sample: Sample, index: int = 0) -> Image.Image:
     try:
         with Image.open(path) as file:
             size = file.size
-            image = file.convert("RGB") if size[0] * size[1] <= MAX_IMAGE_PIXELS else None
+            image = _as_rgb(file) if size[0] * size[1] <= MAX_IMAGE_PIXELS else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: at most {MAX_IMAGE_PIXELS} pixels are decoded: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
@@ -87,8 +91,22 @@ def load_image(sample: Sample, index: int = 0) -> Image.Image:
     if image is None:
         raise DataError(f"{path}: {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_PIXELS} are decoded.")
     if sample.box is not None:
-        _draw_box(image, sample.box, path)
+        _draw_box(image, sample.box, path, box_width)
     return image
+
+
+def turned_size(file: Image.Image) -> tuple[int, int]:
+    """Width and height as `load_image` gives them, from an opened file's header."""
+    sideways = file.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (file.height, file.width) if sideways else file.size
+
+
+def _as_rgb(file: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+        grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+        image = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def box_problem(box: Box, size: tuple[int, int]) -> str | None:
@@ -99,10 +117,9 @@ def box_problem(box: Box, size: tuple[int, int]) -> str | None:
     return f"box {list(box)} lies outside the image of {size[0]} x {size[1]} pixels."
 
 
-def _draw_box(image: Image.Image, box: Box, path: Path) -> None:
-    """Red outline around (x, y, w, h), its width 1/100 of the shorter side, at least 2 pixels."""
+def _draw_box(image: Image.Image, box: Box, path: Path, width: int) -> None:
+    """Red outline around (x, y, w, h), a line of `width` pixels inside its edges."""
     if problem := box_problem(box, image.size):
         raise DataError(f"{path}: {problem}")
     x, y, w, h = box
-    width = max(2, round(min(image.size) / 100))
     ImageDraw.Draw(image).rectangle([x, y, x + w, y + h], outline=(255, 0, 0), width=width)

@@ -6,6 +6,7 @@ have 64 MB by default, and writing beyond it kills the worker) the block goes th
 """
 
 import atexit
+import contextlib
 import io
 import os
 import pickle
@@ -23,6 +24,7 @@ T = TypeVar("T")
 Place = tuple[int, torch.dtype, tuple[int, ...]]
 """First byte in the block, dtype and shape of a tensor."""
 _ALIGNED = 64
+_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 SHARED = "/dev/shm"
 ROOM = 16
 """How many times a block must fit into what is free: as many workers may be looking at the same moment."""
@@ -104,7 +106,9 @@ def loaded(dataset: Dataset[T], workers: int, order: Iterable[int] | None = None
     crew = _Crew()
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": crew.enter, "collate_fn": pack}
     try:
-        for parcel in DataLoader(dataset, batch_size=None, sampler=order, pin_memory=pinned, **options):
+        with crew.held_back():
+            parcels = iter(DataLoader(dataset, batch_size=None, sampler=order, pin_memory=pinned, **options))
+        for parcel in parcels:
             yield unpack(*parcel)
     finally:
         crew.dismiss()
@@ -127,11 +131,21 @@ class _Crew:
         self.dismissed.value = 1
         atexit.unregister(self.dismiss)
 
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Signals wait while workers are started: one that came before `enter` would end a worker."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def enter(self, number: int) -> None:
         """In a worker, when it starts. Ctrl-C and SIGUSR1 are for the process that trains, too."""
         signal.signal(signal.SIGTERM, self._leave_if_dismissed)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
     def _leave_if_dismissed(self, number: int, frame: FrameType | None) -> None:
         if self.dismissed.value or os.getppid() == 1:

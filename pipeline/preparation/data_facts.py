@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.data.processor import Processor
 from pipeline.data.readers import READERS
-from pipeline.data.sample import Sample, load_image
+from pipeline.data.sample import Sample, load_image, turned_size
 from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
@@ -113,7 +113,7 @@ def header_size(path: Path) -> tuple[int, int]:
     """Width and height from an image file's header. DataError when it has none that can be read."""
     try:
         with Image.open(path) as file:
-            return file.size
+            return turned_size(file)
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
         raise DataError(f"{path}: cannot be read as an image: {error}") from None
 

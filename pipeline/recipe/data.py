@@ -36,6 +36,8 @@ class DataConfig(Section):
     max_pixels: Positive = 1_048_576
     """Largest image area the vision tower sees; larger images are scaled down. 1,024 image tokens of Qwen3-VL: enough
     for small objects of a 1600 x 900 camera, a sixteenth of Qwen3-VL's own bound."""
+    box_width: Positive = 2
+    """Line of the red rectangle around a record's region, in pixels of the image as it is on disk; CODA-LM's."""
     max_length: Positive = 4096
     """Longest sequence in tokens, image tokens included; as in Qwen's own fine-tuning script. It has room for three
     images of `max_pixels` and their text."""

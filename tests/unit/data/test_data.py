@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.data.readers import READERS, read_samples
 from pipeline.data.readers.coda_lm import PROMPTS
-from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image
+from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image, turned_size
 from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
@@ -472,7 +472,7 @@ def test_broken_and_missing_chat_files_are_named(root):
 # Images
 
 
-@pytest.mark.parametrize(("size", "width"), [((64, 48), 2), ((640, 400), 4)])
+@pytest.mark.parametrize(("size", "width"), [((64, 48), 2), ((640, 400), 2), ((640, 400), 4)])
 def test_the_region_is_outlined_in_red_and_nothing_else_changes(tmp_path, size, width):
     path = tmp_path / "a.png"
     pixels = np.random.default_rng(0).integers(0, 200, (size[1], size[0], 3), dtype=np.uint8)
@@ -482,9 +482,45 @@ def test_the_region_is_outlined_in_red_and_nothing_else_changes(tmp_path, size, 
     expected[y : y + h + 1, x : x + w + 1] = (255, 0, 0)
     inner = np.s_[y + width : y + h + 1 - width, x + width : x + w + 1 - width]
     expected[inner] = pixels[inner]
-    marked = load_image(sample_of(path, (float(x), float(y), float(w), float(h))))
+    marked = load_image(sample_of(path, (float(x), float(y), float(w), float(h))), box_width=width)
     np.testing.assert_array_equal(np.asarray(marked), expected)
     np.testing.assert_array_equal(np.asarray(load_image(sample_of(path))), pixels)
+
+
+def test_the_rectangle_leaves_a_small_thing_to_be_seen(tmp_path):
+    """A bollard of CODA's in a camera's picture: CODA-LM's own line covers 37% of it."""
+    path = tmp_path / "a.png"
+    Image.new("RGB", (1600, 900)).save(path)
+    marked = np.asarray(load_image(sample_of(path, (800.0, 400.0, 12.0, 41.0))))
+    covered = (marked[400:442, 800:813] == (255, 0, 0)).all(-1).mean()
+    assert 0.3 < covered < 0.4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_before_anything_else(tmp_path, orientation):
+    """As a viewer shows them; a region is one of the turned picture."""
+    pixels = np.random.default_rng(0).integers(0, 200, (24, 40, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    turned = {
+        1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2),
+        6: pixels[::-1].transpose(1, 0, 2), 7: pixels[::-1, ::-1].transpose(1, 0, 2),
+        8: pixels[:, ::-1].transpose(1, 0, 2),
+    }[orientation]  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(load_image(sample_of(tmp_path / "a.png"))), turned)
+    with Image.open(tmp_path / "a.png") as file:
+        assert turned_size(file) == (turned.shape[1], turned.shape[0])
+    if orientation == 6:  # upright: the place is inside only once it is turned
+        assert load_image(sample_of(tmp_path / "a.png", (2.0, 30.0, 8.0, 8.0))).getpixel((2, 30)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["a.png", "a.tiff"])
+def test_grey_of_16_bits_is_scaled_to_8(tmp_path, kind):
+    ramp = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / kind)
+    found = np.asarray(load_image(sample_of(tmp_path / kind)))
+    np.testing.assert_array_equal(found, np.rint(ramp[..., None].repeat(3, -1) * (255 / 65535)))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
