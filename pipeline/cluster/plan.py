@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.benchmark import random_models
 from pipeline.cluster.plan_topology import show_topology
+from pipeline.data import processor_folder
 from pipeline.data.processor import Processor
 from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
@@ -96,7 +97,7 @@ def model_config(recipe: Recipe, ref: str) -> PreTrainedConfig:
 
 def _processor(recipe: Recipe) -> Any:
     """The run's processor, or what a configuration needs of one that is not made yet: the size of its vocabulary."""
-    if (recipe.processor_dir / "preprocessor_config.json").is_file():
+    if processor_folder.has_image_processor(recipe.processor_dir):
         return Processor.load(recipe.processor_dir, recipe.data)
     ids = {"pad_id": 0, "eos_id": 1, "image_token_id": 2, "video_token_id": 3}
     ids |= {"vision_start_id": 4, "vision_end_id": 5, "vocab_size": recipe.required_benchmark.vocab_size}

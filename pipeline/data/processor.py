@@ -65,7 +65,7 @@ class Processor:
 
     @classmethod
     def load(cls, path: Path, data: DataConfig) -> "Processor":
-        """Read a folder with a tokenizer and `preprocessor_config.json`; `data` bounds images and lengths.
+        """Read a folder with a tokenizer and an image processor; `data` bounds images and lengths.
 
         Raises:
             UserError: no such folder, unreadable parts, or a tokenizer without chat template or special

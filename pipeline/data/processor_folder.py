@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from pipeline.data.special_tokens import SPECIAL_TOKENS
 from pipeline.errors import UserError
 from pipeline.recipe import DataConfig
 
+IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
+"""Files that describe an image processor; of two, transformers reads the second if it has one inside."""
 _UNSTABLE_KEYS = (
     "image_processor_type",
     "processor_class",
@@ -22,28 +25,58 @@ _UNSTABLE_KEYS = (
 """Settings that name classes or versions and change no pixel."""
 
 
+def has_image_processor(folder: Path) -> bool:
+    """Whether a folder describes one: in a file of its own, or as transformers 5 saves a whole processor."""
+    return (folder / IMAGES).is_file() or _is_nested(folder / WHOLE)
+
+
+def _is_nested(path: Path) -> bool:
+    try:
+        return "image_processor" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def read(path: Path, data: DataConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
-    """Tokenizer and image processor of a folder with `preprocessor_config.json`; `data` bounds the images' pixels.
+    """Tokenizer and image processor of a folder; `data` bounds the images' pixels.
 
     Raises:
         UserError: no such folder, or unreadable parts.
     """
-    if not (path / "preprocessor_config.json").is_file():
+    if not has_image_processor(path):
         raise UserError(
-            f"{path}: no preprocessor_config.json there. Let data.processor name a Qwen3-VL checkpoint folder; the "
-            "embedded benchmark's is made by `clkd tokenizer RECIPE.yaml`."
+            f"{path}: no {IMAGES} there, and no {WHOLE} with an image processor. Let data.processor name a Qwen3-VL "
+            "checkpoint folder; the embedded benchmark's is made by `clkd tokenizer RECIPE.yaml`."
         )
-    bounds: dict[str, Any] = {
-        "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},
-        "min_pixels": data.min_pixels,  # what older files call them; there they would win over `size`
-        "max_pixels": data.max_pixels,
-    }
+    # What older files call the bounds would win over `size` there.
+    bounds: dict[str, Any] = {"size": _size(data), "min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path))
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
     return tokenizer, image_processor
+
+
+def _size(data: DataConfig) -> dict[str, int]:
+    return {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
+
+
+def bounded(files: Mapping[str, bytes], data: DataConfig) -> dict[str, bytes]:
+    """A folder's small files, by name, with the run's bounds of images in place of those that came along.
+
+    Whoever serves the model then scales images as training did: other bounds are other image tokens.
+    """
+    changed = dict(files)
+    for name in (IMAGES, WHOLE):
+        content = json.loads(files[name]) if name in files else {}
+        settings = content.get("image_processor") if name == WHOLE else content
+        if settings:
+            settings["size"] = _size(data)
+            for older in ("min_pixels", "max_pixels"):
+                settings.pop(older, None)
+            changed[name] = (json.dumps(content, indent=2) + "\n").encode()
+    return changed
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.data import processor_folder
 from pipeline.errors import CheckpointError, ConfigError, UserError
 from pipeline.export.model_card import model_card
 from pipeline.files import put_in_place, weights_hash
@@ -33,7 +34,7 @@ from pipeline.models.families import auto_class, load_config
 from pipeline.models.hf_folder import Building, DiskLayout, ShardWriter, save_config
 from pipeline.models.student import ORIGIN
 from pipeline.models.student import REPORT as UPCYCLE_REPORT
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import DataConfig, Recipe, load_recipe
 
 REPORT = "export.json"
 DIFFERS = ".differs"
@@ -62,12 +63,15 @@ class ExportReport:
     """`difference` and `tolerance` on the probe (see `pipeline.models.probe.Agreement`); None: not compared."""
 
 
-def template_files(model_dir: Path, processor_dir: Path | None = None) -> dict[str, bytes]:
+def template_files(
+    model_dir: Path, processor_dir: Path | None = None, data: DataConfig | None = None
+) -> dict[str, bytes]:
     """The small files of an export, by name: configuration, generation settings, tokenizer, image processor.
 
     Args:
         model_dir: Hugging Face folder that training starts from.
         processor_dir: where tokenizer and image processor come from; None: `model_dir`.
+        data: of the run, whose bounds of images the image processor gets; None: it stays as it is.
 
     Raises:
         UserError: `model_dir` has no config.json.
@@ -78,7 +82,7 @@ def template_files(model_dir: Path, processor_dir: Path | None = None) -> dict[s
     if processor_dir is not None:
         own = {name: content for name, content in files.items() if name not in loading.PROCESSOR_FILES}
         files = own | {n: content for n, content in _text_files(processor_dir).items() if n in loading.PROCESSOR_FILES}
-    return files
+    return files if data is None else processor_folder.bounded(files, data)
 
 
 def _text_files(folder: Path) -> dict[str, bytes]:
@@ -110,7 +114,7 @@ def write_model(recipe: Recipe, name: str, out: Path | None = None, *, accept: b
     if folder is None:
         raise CheckpointError(f"{root}: no checkpoint. Train first: `deepspeed train.py --config ... job={name}`.")
     template = checkpoint_folder.read_template(folder) or template_files(
-        recipe.model_dir(recipe.jobs[name].init), recipe.processor_dir
+        recipe.model_dir(recipe.jobs[name].init), recipe.processor_dir, recipe.data
     )
     return write_hf(folder, out or recipe.model_dir(f"jobs.{name}"), template, accept=accept)
 

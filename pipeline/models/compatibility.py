@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel
 
+from pipeline.data import processor_folder
 from pipeline.data.processor import Processor
 from pipeline.errors import UserError
 from pipeline.recipe import DataConfig
@@ -68,8 +69,9 @@ def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> Non
     Raises:
         UserError: they do not; names every kind of difference with both values.
     """
-    present = [(Path(folder) / name).is_file() for name in ("preprocessor_config.json", "tokenizer_config.json")]
-    if not all(present) or Path(folder).resolve() == Path(processor.origin).resolve():
+    has_tokenizer = any((Path(folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    whole = has_tokenizer and processor_folder.has_image_processor(Path(folder))
+    if not whole or Path(folder).resolve() == Path(processor.origin).resolve():
         return
     own = Processor.load(folder, data)
     problems = [*_token_problems(own, processor), *_template_problems(own, processor), *_image_problems(own, processor)]

@@ -111,7 +111,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         vision=VisionProbe(model) if aligned else None,
         cells=CellWords(processor) if aligned else None,
         export_probe=ExportProbe(model_engine, processor, job),
-        template=export.template_files(folder, recipe.processor_dir) if dist.get_rank() == 0 else None,
+        template=export.template_files(folder, recipe.processor_dir, recipe.data) if dist.get_rank() == 0 else None,
         incidents=Incidents(recipe.job_dir(name), name, job.optimizer.max_bad_steps),
     )
 

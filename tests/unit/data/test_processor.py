@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.benchmark.tokenizer import CHAT_TEMPLATE
+from pipeline.data import processor_folder
 from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
 from pipeline.data.special_tokens import SPECIAL_TOKENS
@@ -199,6 +201,44 @@ def test_reads_a_checkpoint_folder_of_the_family(tmp_path, sample):
     assert processor.decode(encoded.input_ids) == f"user\n{sample.prompt}\nassistant\n{sample.answer}"
     assert encoded.image_grid_thw.prod() * 14 * 14 <= 200 * 200
     assert (encoded.input_ids == processor.image_token_id).sum() == encoded.image_grid_thw.prod() // 4
+
+
+def nest(folder):
+    """As `save_pretrained` of transformers 5 writes a whole processor: the image processor's settings are inside."""
+    path = folder / "preprocessor_config.json"
+    whole = {"processor_class": "Qwen3VLProcessor", "image_processor": json.loads(path.read_text())}
+    (folder / "processor_config.json").write_text(json.dumps(whole))
+    path.unlink()
+
+
+def test_a_processor_saved_by_transformers_5_is_the_same(tmp_path, sample):
+    for name in ("plain", "nested"):
+        save_qwen_like(tmp_path / name)
+    nest(tmp_path / "nested")
+    plain, nested = (Processor.load(tmp_path / name, data()) for name in ("plain", "nested"))
+    assert plain.identity() == nested.identity()
+    assert torch.equal(plain.encode(sample).pixel_values, nested.encode(sample).pixel_values)
+    (tmp_path / "nested" / "processor_config.json").write_text('{"processor_class": "Qwen3VLProcessor"}')
+    with pytest.raises(UserError, match=r"no preprocessor_config\.json there, and no processor_config\.json with"):
+        Processor.load(tmp_path / "nested", data())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_exported_image_processor_scales_as_the_run_did(tmp_path, nested):
+    """Read as a server reads it, without the recipe: as many patches as in training."""
+    save_qwen_like(tmp_path)
+    if nested:
+        nest(tmp_path)
+    settings = data(min_pixels=28 * 28, max_pixels=100 * 100)
+    image = Image.new("RGB", (640, 360))
+    wanted = Processor.load(tmp_path, settings).pixels([image])[1]
+    before = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image])["image_grid_thw"]
+    assert before.tolist() != wanted.tolist()
+    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    for name, content in processor_folder.bounded(files, settings).items():
+        (tmp_path / name).write_bytes(content)
+    served = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image])["image_grid_thw"]
+    assert served.tolist() == wanted.tolist()
 
 
 def test_unfit_tokenizers_are_refused(tmp_path):
