@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -141,6 +142,7 @@ def write_hf(
             f"{folder}: holds no configuration of its model. Name the folder that training started from with "
             "--template DIR. Nothing was written."
         )
+    _refuse_astray(folder)
     report = _write(folder, out.with_name(out.name + DIFFERS), template)
     if report.logits and not report.logits["difference"] <= report.logits["tolerance"] and not accept:
         raise CheckpointError(
@@ -152,6 +154,17 @@ def write_hf(
         )
     put_in_place(out.with_name(out.name + DIFFERS), out)
     return report
+
+
+def _refuse_astray(folder: Path) -> None:
+    """CheckpointError for weights that give no numbers: a model of them is of no use to anybody."""
+    logits_PV = checkpoint_folder.read_arrays(folder, probe.PREFIX).get("logits")
+    if logits_PV is not None and not np.isfinite(logits_PV).all():
+        raise CheckpointError(
+            f"{folder}: the training engine's own logits are not finite there: the weights went astray. Write the "
+            f"name of an older checkpoint into {folder.parent / checkpoint_folder.LATEST}, lower the job's "
+            "optimizer.lr, and train on from it with --change-settings. Nothing was replaced."
+        )
 
 
 def _write(folder: Path, out: Path, template: checkpoint_folder.Template) -> ExportReport:

@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 from pipeline.errors import EXIT_CHECKPOINTED
 from pipeline.export import stage as export
-from pipeline.recipe import JobConfig
 from pipeline.training import feed, gradients, job_checkpoint
 from pipeline.training.batches import MicroBatch
 from pipeline.training.metrics import MetricsLogger
-from pipeline.training.process import StopFlag
+from pipeline.training.process import StopFlag, from_first_rank
 from pipeline.training.setup import Setup
 from pipeline.training.step import StepContext, StepStats, run_step
 from pipeline.training.step_metrics import per_token, scheduled
@@ -61,9 +60,8 @@ def train(setup: Setup, stop: StopFlag, *, change_settings: bool = False) -> int
                 setup.incidents.refuse(step)
             if stopped and not finished:
                 return EXIT_CHECKPOINTED
-    if rank == 0 and _exported(job):
-        export.write_model(setup.recipe, setup.name)
-    dist.barrier()
+    # The others wait, and end as the first rank does.
+    from_first_rank(lambda: _export(setup))
     return 0
 
 
@@ -125,11 +123,12 @@ def _logger(setup: Setup, step: int) -> contextlib.AbstractContextManager[Metric
     return MetricsLogger(setup.dir, resume_step=step) if dist.get_rank() == 0 else contextlib.nullcontext()
 
 
-def _exported(job: JobConfig) -> bool:
-    """Whether the job's model can be exported. Prints why not for the one kind that Hugging Face cannot hold."""
-    if job.moe.native.use_residual:
+def _export(setup: Setup) -> None:
+    """Write the final model. Says why not for the one kind that Hugging Face cannot hold."""
+    if not setup.job.moe.native.use_residual:
+        export.write_model(setup.recipe, setup.name)
+    else:
         print(
             "moe.native.use_residual: Hugging Face's layout has no place for the residual MLP and its coefficient, so "
             "no model is exported and nothing can be evaluated. The checkpoint is complete and training can go on."
         )
-    return not job.moe.native.use_residual

@@ -88,25 +88,33 @@ def test_dropped_tokens_are_logged_and_a_residual_model_is_not_exported(run):
     assert any(".residual.mlp." in name for name in weights(run))
 
 
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run):
+def test_weights_that_are_not_numbers_end_as_no_model(run):
+    """No step changes anything; the job stops at its bound, or else nothing is exported, on every rank alike."""
     path = run / "models" / "moe" / "model.safetensors"
     files = [path] if path.exists() else sorted((run / "models" / "moe").glob("*.safetensors"))
     tensors = load_file(files[0])
     name = next(n for n in tensors if n.endswith("norm.weight"))
     tensors[name] = torch.full_like(tensors[name], float("nan"))
     save_file(tensors, files[0], metadata={"format": "pt"})
-    done = train(run, check=False)
+    done = train(run, check=False, **{"jobs.clkd.optimizer.max_bad_steps": 3})
     assert done.statuses == (2, 2)
-    assert "the loss is nan" in done.stderr
-    assert checkpoint_folder.latest(run / "jobs" / "clkd" / "checkpoints") is None
+    assert "the loss is nan" in done.stderr + done.stdout and "4 of 4 steps had a loss" in done.stderr
+    assert saved_step(run) == 4
+    done = train(run, check=False)
+    assert done.statuses == (2, 2) and saved_step(run) == STEPS
+    assert "the training engine's own logits are not finite" in done.stderr
+    assert not (run / "jobs" / "clkd" / "model").exists()
 
 
-def test_a_loss_that_bursts_later_leaves_the_last_checkpoint(run):
-    burst = {"jobs.clkd.optimizer.lr": 1e30, "jobs.clkd.checkpoint.every": 1, "jobs.clkd.batch.micro_size": 4}
+def test_a_loss_that_bursts_later_leaves_checkpoints_and_no_model(run):
+    burst = {
+        "jobs.clkd.optimizer.lr": 1e30, "jobs.clkd.checkpoint.every": 1, "jobs.clkd.batch.micro_size": 4,
+        "jobs.clkd.optimizer.max_bad_steps": 2,
+    }  # fmt: skip
     done = train(run, ranks=0, ds="dense", check=False, **burst)
     assert done.returncode == 2
     last = newest(run)
-    assert f"the last checkpoint is {last.name}" in done.stderr
+    assert f"The checkpoint of step {saved_step(run)} is written" in done.stderr
     checkpoint_folder.verify(last)
     assert all(bool(t.isfinite().all()) for _, t in checkpoint_folder.read_parameters(last))
     assert not (run / "jobs" / "clkd" / "model").exists()
