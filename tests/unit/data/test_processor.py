@@ -226,18 +226,19 @@ def test_a_processor_saved_by_transformers_5_is_the_same(tmp_path, sample):
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_exported_image_processor_scales_as_the_run_did(tmp_path, nested):
     """Read as a server reads it, without the recipe: as many patches as in training."""
-    save_qwen_like(tmp_path)
+    folder = tmp_path / "qwen"
+    save_qwen_like(folder)
     if nested:
-        nest(tmp_path)
+        nest(folder)
     settings = data(min_pixels=28 * 28, max_pixels=100 * 100)
     image = Image.new("RGB", (640, 360))
-    wanted = Processor.load(tmp_path, settings).pixels([image])[1]
-    before = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image])["image_grid_thw"]
+    wanted = Processor.load(folder, settings).pixels([image])[1]
+    before = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image])["image_grid_thw"]
     assert before.tolist() != wanted.tolist()
-    files = {path.name: path.read_bytes() for path in tmp_path.glob("*.json")}
+    files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
     for name, content in processor_folder.bounded(files, settings).items():
-        (tmp_path / name).write_bytes(content)
-    served = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)(images=[image])["image_grid_thw"]
+        (folder / name).write_bytes(content)
+    served = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image])["image_grid_thw"]
     assert served.tolist() == wanted.tolist()
 
 
