@@ -65,7 +65,7 @@ def made_by_a_run(name: str) -> bool:
     """Files that a run, a person or another program writes."""
     return name in (
         "mine.yaml", "RECIPE.yaml", "OTHER.yaml", "config.json", "results.json", "environment.json", "slices.json",
-        "jobs.json", "stages.json", "upcycle.json", "preprocessor_config.json", "README.md",
+        "jobs.json", "stages.json", "upcycle.json", "preprocessor_config.json", "processor_config.json", "README.md",
     ) or name.startswith("runs/")  # fmt: skip
 
 
