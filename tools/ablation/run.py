@@ -292,7 +292,7 @@ def run_cells(cells: Sequence[Cell], split: str, jobs: int) -> list[str]:
 def _start(cell: Cell, split: str, jobs: int) -> subprocess.Popen[bytes]:
     command = (sys.executable, "-m", "tools.ablation.cell", str(cell.folder), "--split", split)
     with (cell.folder / "log.txt").open("ab") as log:
-        environment = demo.environment(jobs)
+        environment = demo.environment(jobs, ())
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, preexec_fn=demo.die_with_parent)
 
 
