@@ -195,6 +195,22 @@ def from_first_rank(make: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Take the group of ranks apart before a refusal ends this process.
+
+    Left to the end of the process, gloo's threads may still run when C++ destroys them: an abort (134) in the place of
+    the refusal's status, and a launcher that takes it for a crash starts the job again. Not after lost contact: a
+    thread that still waits for a dead rank would be waited for.
+    """
+    try:
+        yield
+    except UserError as error:
+        if not isinstance(error, LostContactError) and dist.is_initialized():
+            dist.destroy_process_group()
+        raise
+
+
+@contextlib.contextmanager
 def contact() -> Iterator[None]:
     """Turn the backend's errors into LostContactError when a rank no longer reaches another one."""
     try:

@@ -20,7 +20,7 @@ from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import JobConfig, Recipe
 from pipeline.training.job_settings import refuse_other_settings, settings
 from pipeline.training.loop import train
-from pipeline.training.process import StopFlag, contact, only_one, start_distributed
+from pipeline.training.process import StopFlag, contact, leaving_in_order, only_one, start_distributed
 from pipeline.training.setup import set_up
 
 
@@ -43,7 +43,8 @@ def main(recipe: Recipe, options: argparse.Namespace) -> int:
         return 0
     stop = StopFlag()
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
-    start_distributed()
+    with leaving_in_order():
+        start_distributed()
     torch.manual_seed(recipe.run.seed)
-    with only_one(recipe.job_dir(name), dist.get_rank()), contact():
+    with leaving_in_order(), only_one(recipe.job_dir(name), dist.get_rank()), contact():
         return train(set_up(recipe, name, job, ds_json), stop, change_settings=options.change_settings)

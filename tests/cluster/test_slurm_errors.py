@@ -50,10 +50,12 @@ def test_nodes_run_different_code(cluster, training, tmp_path):
     module, changed = ROOT / "pipeline" / "errors.py", tmp_path / "errors.py"
     changed.write_text(module.read_text() + "\n")
     cluster.on_node("node2", "mount", "--bind", changed, module)
-    training.start("--nodes=2", *SMALL_STEP, "--nodelist=node[1-2]")
-    failed(training, "the ranks do not run the same code:\n  pipeline: ", "Put project and environment on storage that")
-    assert re.search(r"pipeline: \w{16} on node1, \w{16} on node2\n", training.state()["error"])
-    cluster.on_node("node2", "umount", module)
+    try:
+        training.start("--nodes=2", *SMALL_STEP, "--nodelist=node[1-2]")
+        failed(training, "the ranks do not run the same code:\n  pipeline: ", "Put project and environment on storage")
+        assert re.search(r"pipeline: \w{16} on node1, \w{16} on node2\n", training.state()["error"])
+    finally:  # or later tests would fail as well
+        cluster.on_node("node2", "umount", module)
 
 
 def test_ranks_that_the_expert_groups_do_not_divide(cluster, training):
