@@ -139,10 +139,10 @@ def one_of_many(number: int, gpus: Sequence[str]) -> dict[str, str]:
 
 def visible_gpus() -> list[str]:
     """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them; none where DS_ACCELERATOR says cpu."""
-    import torch  # slow, and a chain of one's own (slurm/) does without
-
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         return []
+    import torch  # slow, and a chain of one's own (slurm/) does without
+
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name for name in named.split(",") if name] if named is not None else []
     count = torch.cuda.device_count()

@@ -60,6 +60,7 @@ class Setup:
     template: Template | None
     """Files that an export needs besides weights; on rank 0, which writes checkpoints."""
     incidents: Incidents
+    """Dropped steps and changed settings, which go into the checkpoint."""
 
     @property
     def dir(self) -> Path:
