@@ -65,7 +65,7 @@ def test_an_export_holds_one_model(tmp_path):
     ranks.run(bench_export.main, ["--json", str(path), "--gib", "0.5", "--dtype", "float32"])
     figures = json.loads(path.read_text())
     assert 450 < figures["float32_model_mb"] < 650
-    # Packed experts, 0.894 of these weights, are converted and held; the rest stays mapped files. Nine runs: 0.86 to 0.96.
+    # Packed experts, 0.894 of the weights, are converted and held; the rest stays in mapped files (0.86 to 0.96).
     assert 0.8 < figures["float32_held"] < 1.3
     assert 1.7 < figures["float32_resident"] < 2.3  # the same, and the files
     assert figures["float32_held"] <= figures["float32_resident"]
