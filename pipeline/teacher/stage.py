@@ -65,7 +65,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     """
     if not 0 <= worker < workers:
         raise ConfigError(f"--worker {worker} must lie in [0, --workers {workers})")
-    torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    torch.set_float32_matmul_precision(recipe.targets.matmul_precision)
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = open_training_split(recipe)
     writer = StoreWriter(recipe.store_url, expected_identity(recipe, processor))
