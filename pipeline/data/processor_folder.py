@@ -1,6 +1,5 @@
-"""The tokenizer and image processor in a checkpoint folder: reading them, checking them, and what identifies them."""
+"""The tokenizer and image processor in a checkpoint folder: reading and checking them."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +14,6 @@ from pipeline.recipe import DataConfig
 
 IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
 """Files that describe an image processor; of two, transformers reads the second if it has one inside."""
-_UNSTABLE_KEYS = (
-    "image_processor_type",
-    "processor_class",
-    "_processor_class",
-    "transformers_version",
-    "device",
-)
-"""Settings that name classes or versions and change no pixel."""
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -93,17 +84,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
         raise UserError(f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens.")
     if not tokenizer.chat_template:
         raise UserError(f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json).")
-
-
-def identity(tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> dict[str, str]:
-    """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
-    images = {key: value for key, value in image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
-    return {
-        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
-        "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
-        "chat_template": _sha256(str(tokenizer.chat_template)),
-    }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
