@@ -14,6 +14,8 @@ from pipeline.recipe import DataConfig
 
 IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
 """Files that describe an image processor; of two, transformers reads the second if it has one inside."""
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+"""Files of which a folder with a tokenizer has one at least."""
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -39,14 +41,31 @@ def read(path: Path, data: DataConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VL
             f"{path}: no {IMAGES} there, and no {WHOLE} with an image processor. Let data.processor name a Qwen3-VL "
             "checkpoint folder; the embedded benchmark's is made by `clkd tokenizer RECIPE.yaml`."
         )
+    return read_tokenizer(path), read_image_processor(path, data)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has one, in any of the forms that transformers reads."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. UserError when it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot read its tokenizer: {error}") from error
+    return tokenizer
+
+
+def read_image_processor(path: Path, data: DataConfig) -> Qwen2VLImageProcessorPil:
+    """The image processor of a folder; `data` bounds the images' pixels. UserError when it cannot be read."""
     # What older files call the bounds would win over `size` there.
     bounds: dict[str, Any] = {"size": _size(data), "min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
+        return Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
-    return tokenizer, image_processor
+        raise UserError(f"{path}: cannot read its image processor: {error}") from error
 
 
 def _size(data: DataConfig) -> dict[str, int]:
