@@ -81,7 +81,7 @@ def _patches(processor: Qwen2VLImageProcessorPil, width: int, height: int) -> li
     pictures = [Image.new("RGB", (width, height), level) for level in ("black", "white")]
     (black, _), (white, _), (seen, grid) = (_encoded(processor, p) for p in (*pictures, _drawn(width, height)))
     levels = ((seen - black) / (white - black) * 255).round().to(torch.int16)
-    ends = [sorted({round(value, 4) for value in plain.flatten().unique().tolist()}) for plain in (black, white)]
+    ends = [sorted({round(value, 4) for value in torch.unique(plain).tolist()}) for plain in (black, white)]
     channels = [[round(float(plain[0, place]), 4) for place in _channel_places(processor)] for plain in (black, white)]
     return [grid.tolist(), hashlib.sha256(levels.numpy().tobytes()).hexdigest(), ends, channels]
 
