@@ -2,13 +2,16 @@
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import xxhash
 
@@ -16,7 +19,10 @@ from pipeline.errors import ConfigError, UserError
 
 PACKAGE = Path(__file__).parent
 READ_BYTES = 1 << 22
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # of Linux
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EMLINK}
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+"""What file systems say that have no hard links, or no locks."""
 _ME = os.uname().nodename.replace(".", "-")  # names are taken apart at dots
 
 
@@ -42,7 +48,7 @@ def replacing(path: Path, *, durable: bool = True, exclusive: bool = False) -> I
         if durable:
             sync(temporary)
         if exclusive:
-            os.link(temporary, path)
+            _create(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
@@ -82,10 +88,34 @@ def put_in_place(folder: Path, final: Path) -> None:
 
 def _exchange(a: Path, b: Path) -> bool:
     """Swap two names in one step; False where the system or the file system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return _rename(a, b, RENAME_EXCHANGE) == 0
+
+
+def _create(temporary: Path, path: Path) -> None:
+    """Give a whole file a name that is free; FileExistsError if it is not. Without hard links, by renaming."""
+    try:
+        os.link(temporary, path)
+        return
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+    number = _rename(temporary, path, RENAME_NOREPLACE)
+    if number in NO_LINKS:
+        raise UserError(
+            f"{path}: its file system has neither hard links nor renames that keep what is there, so two processes "
+            "could write one file. Put this folder on another file system. Nothing was changed."
+        )
+    if number:
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def _rename(a: Path, b: Path, flag: int) -> int:
+    """Linux's renameat2; its errno, 0 for success."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
-        return False
-    return bool(rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0)
+        return errno.ENOSYS
+    done = rename(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), flag)
+    return 0 if done == 0 else ctypes.get_errno()
 
 
 def sync(path: Path) -> None:
@@ -95,6 +125,97 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# -- one process at a time ---------------------------------------------------------------------------------------------
+
+POLL_S = 0.2
+
+
+@contextlib.contextmanager
+def locked(
+    path: Path, patience_s: Callable[[str], float], refusal: Callable[[str], str], note: str = ""
+) -> Iterator[None]:
+    """Hold a lock file while the context is open; wait for another process that has it, and say so.
+
+    The system gives the lock back when its holder dies. Where the file system has no locks, a second file stands for
+    it, and that of a dead process of this machine is taken over.
+
+    Args:
+        path: the lock file, which stays; its folder is made.
+        patience_s: seconds to wait, by what the holder wrote about itself.
+        refusal: what to say then, by the same.
+        note: added to what this process writes about itself.
+
+    Raises:
+        UserError: the holder keeps it for longer.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    began, said = time.monotonic(), False
+    with path.open("a+") as file:
+        while (give_back := _take(file, path)) is None:
+            file.seek(0)
+            holder = file.read() or "another process"
+            if time.monotonic() - began > patience_s(holder):
+                raise UserError(refusal(holder))
+            if not said:
+                print(f"{path}: waiting for {holder}", file=sys.stderr, flush=True)
+                said = True
+            time.sleep(POLL_S)
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}{note}")
+            file.flush()
+            yield
+        finally:
+            give_back()
+
+
+def _take(file: IO[str], path: Path) -> Callable[[], None] | None:
+    """What gives the lock back; None while another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lambda: fcntl.flock(file, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    stand_in = path.with_name(f"{path.name}.held")
+    _clear_dead(stand_in)
+    try:
+        with replacing(stand_in, exclusive=True) as temporary:
+            temporary.write_text(f"{os.getpid()} {_ME}")
+    except FileExistsError:
+        return None
+    return lambda: stand_in.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
+
+
+def _clear_dead(stand_in: Path) -> None:
+    """Remove the file of a process of this machine that is dead. Of several that see this, one may move it away."""
+    try:
+        content = stand_in.read_text()
+    except FileNotFoundError:
+        return
+    pid, _, host = content.partition(" ")
+    if host != _ME or not pid.isdigit() or _alive(int(pid)):
+        return
+    aside = stand_in.with_name(f".{stand_in.name}.{_ME}-{os.getpid()}.dead")
+    with contextlib.suppress(FileNotFoundError):
+        stand_in.rename(aside)
+        if aside.read_text() != content:  # another process was first, and this is its own, living one
+            aside.rename(stand_in)
+        aside.unlink(missing_ok=True)
 
 
 # -- hashing and comparing ---------------------------------------------------------------------------------------------

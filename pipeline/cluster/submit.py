@@ -12,7 +12,6 @@ jobs.
 
 import argparse
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -26,9 +25,12 @@ from pipeline.cluster import chain
 from pipeline.cluster import status as run_status
 from pipeline.cluster.chain import ClusterStage
 from pipeline.errors import ConfigError, UserError
-from pipeline.files import home, shipped
+from pipeline.files import home, locked, shipped
 from pipeline.models import topology
 from pipeline.recipe import Recipe
+
+SUBMIT_WAIT_S = 300.0
+"""Seconds to wait for another submission of the same run: far more than a chain takes to send."""
 
 
 def submit(recipe: Recipe, command: argparse.Namespace) -> None:
@@ -243,8 +245,14 @@ def refuse_running(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def _one_submission(folder: Path) -> Iterator[None]:
     """One submission at a time. A second one waits here, and then finds the first one's jobs in the queue."""
-    with (folder / "submit.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def refusal(holder: str) -> str:
+        return (
+            f"{folder}: {holder} has been submitting this run for more than {SUBMIT_WAIT_S:g} s. End it if it hangs, "
+            "then run the same command again. Nothing was submitted."
+        )
+
+    with locked(folder / "submit.lock", lambda holder: SUBMIT_WAIT_S, refusal):
         yield
 
 

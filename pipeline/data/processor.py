@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from pipeline.data import processor_folder
+from pipeline.data import processor_folder, processor_identity
 from pipeline.data.collate import IGNORED, Encoded
 from pipeline.data.sample import Sample, load_image
 from pipeline.data.special_tokens import (
@@ -149,7 +149,7 @@ class Processor:
         settings = {"box_width": str(self.box_width)}
         if self.cuts_answers:
             settings["max_length"] = str(self.max_length)
-        return settings | processor_folder.identity(self.tokenizer, self.image_processor)
+        return settings | processor_identity.identity(self.tokenizer, self.image_processor)
 
     def _prompt_ids(self, sample: Sample) -> list[int]:
         """Token ids of the rendered chat, one placeholder per image."""

@@ -1,6 +1,5 @@
-"""The tokenizer and image processor in a checkpoint folder: reading them, checking them, and what identifies them."""
+"""The tokenizer and image processor in a checkpoint folder: reading and checking them."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +14,8 @@ from pipeline.recipe import DataConfig
 
 IMAGES, WHOLE = "preprocessor_config.json", "processor_config.json"
 """Files that describe an image processor; of two, transformers reads the second if it has one inside."""
-_UNSTABLE_KEYS = (
-    "image_processor_type",
-    "processor_class",
-    "_processor_class",
-    "transformers_version",
-    "device",
-)
-"""Settings that name classes or versions and change no pixel."""
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+"""Files of which a folder with a tokenizer has one at least."""
 
 
 def has_image_processor(folder: Path) -> bool:
@@ -48,14 +41,31 @@ def read(path: Path, data: DataConfig) -> tuple[PreTrainedTokenizerBase, Qwen2VL
             f"{path}: no {IMAGES} there, and no {WHOLE} with an image processor. Let data.processor name a Qwen3-VL "
             "checkpoint folder; the embedded benchmark's is made by `clkd tokenizer RECIPE.yaml`."
         )
+    return read_tokenizer(path), read_image_processor(path, data)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has one, in any of the forms that transformers reads."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder. UserError when it cannot be read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot read its tokenizer: {error}") from error
+    return tokenizer
+
+
+def read_image_processor(path: Path, data: DataConfig) -> Qwen2VLImageProcessorPil:
+    """The image processor of a folder; `data` bounds the images' pixels. UserError when it cannot be read."""
     # What older files call the bounds would win over `size` there.
     bounds: dict[str, Any] = {"size": _size(data), "min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
+        return Qwen2VLImageProcessorPil.from_pretrained(str(path), **bounds)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: cannot read its tokenizer or image processor: {error}") from error
-    return tokenizer, image_processor
+        raise UserError(f"{path}: cannot read its image processor: {error}") from error
 
 
 def _size(data: DataConfig) -> dict[str, int]:
@@ -93,17 +103,3 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, origin: str) -> None:
         raise UserError(f"{origin}: its tokenizer splits {', '.join(split)} into pieces; they must be special tokens.")
     if not tokenizer.chat_template:
         raise UserError(f"{origin}: its tokenizer has no chat template (chat_template.jinja or tokenizer_config.json).")
-
-
-def identity(tokenizer: PreTrainedTokenizerBase, image_processor: Qwen2VLImageProcessorPil) -> dict[str, str]:
-    """sha256 of all that changes an encoding: tokenizer, image processor settings, chat template."""
-    images = {key: value for key, value in image_processor.to_dict().items() if key not in _UNSTABLE_KEYS}
-    return {
-        "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
-        "image_processor": _sha256(json.dumps(images, sort_keys=True, default=str)),
-        "chat_template": _sha256(str(tokenizer.chat_template)),
-    }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

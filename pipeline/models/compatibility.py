@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.data import processor_folder
 from pipeline.data.processor import Processor
@@ -55,26 +56,39 @@ def check_compatible(model: PreTrainedModel, processor: Processor) -> None:
         )
 
 
-def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> None:
+def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> list[str]:
     """Check that a checkpoint's own tokenizer, chat template and image processor do what the run's do.
 
     Embeddings padded to another size are no difference: ids are compared token by token, and rows beyond the last
-    token stand for none. A folder without these files passes.
+    token stand for none. What a folder lacks cannot be checked; what it has is, each by itself.
 
     Args:
         folder: the teacher's or the student's checkpoint.
         processor: the run's.
         data: bounds of images and lengths, the same for both.
 
+    Returns:
+        What the folder lacks: `tokenizer`, `image processor`.
+
     Raises:
         UserError: they do not; names every kind of difference with both values.
     """
-    has_tokenizer = any((Path(folder) / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    whole = has_tokenizer and processor_folder.has_image_processor(Path(folder))
-    if not whole or Path(folder).resolve() == Path(processor.origin).resolve():
-        return
-    own = Processor.load(folder, data)
-    problems = [*_token_problems(own, processor), *_template_problems(own, processor), *_image_problems(own, processor)]
+    folder = Path(folder)
+    if folder.resolve() == Path(processor.origin).resolve():
+        return []
+    lacking, problems = [], []
+    if processor_folder.has_tokenizer(folder):
+        tokenizer = processor_folder.read_tokenizer(folder)
+        problems += [
+            *_token_problems(tokenizer, processor.tokenizer),
+            *_template_problems(tokenizer, processor.tokenizer),
+        ]
+    else:
+        lacking.append("tokenizer")
+    if processor_folder.has_image_processor(folder):
+        problems += _image_problems(processor_folder.read_image_processor(folder, data), processor.image_processor)
+    else:
+        lacking.append("image processor")
     if problems:
         raise UserError(
             f"{folder}: its own tokenizer or image processor differs from the run's ({processor.origin}).\n  "
@@ -82,10 +96,11 @@ def check_own_files(folder: Path, processor: Processor, data: DataConfig) -> Non
             + "\nDistillation needs one of both: take teacher and student from one family, and let data.processor name "
             "the folder that both agree with. Nothing was started."
         )
+    return lacking
 
 
-def _token_problems(own: Processor, run: Processor) -> list[str]:
-    ids, wanted = own.tokenizer.get_vocab(), run.tokenizer.get_vocab()
+def _token_problems(own: PreTrainedTokenizerBase, run: PreTrainedTokenizerBase) -> list[str]:
+    ids, wanted = own.get_vocab(), run.get_vocab()
     differing = [token for token in {**ids, **wanted} if ids.get(token) != wanted.get(token)]
     if not differing:
         return []
@@ -94,28 +109,33 @@ def _token_problems(own: Processor, run: Processor) -> list[str]:
     return [f"{len(differing)} token(s) have other ids or are missing in one; first: {shown}"]
 
 
-def _template_problems(own: Processor, run: Processor) -> list[str]:
-    there, here = str(own.tokenizer.chat_template), str(run.tokenizer.chat_template)
+def _template_problems(own: PreTrainedTokenizerBase, run: PreTrainedTokenizerBase) -> list[str]:
+    there, here = str(own.chat_template), str(run.chat_template)
     if there == here:
         return []
     at = next((i for i, (a, b) in enumerate(zip(there, here, strict=False)) if a != b), min(len(there), len(here)))
     return [f"chat template, from character {at}: {there[at : at + 40]!r} there, {here[at : at + 40]!r} here"]
 
 
-def _image_problems(own: Processor, run: Processor) -> list[str]:
+def _image_problems(own: Qwen2VLImageProcessorPil, run: Qwen2VLImageProcessorPil) -> list[str]:
     problems = []
     for size in PROBE_IMAGES:
         counts = [_image_tokens(processor, size) for processor in (own, run)]
         if counts[0] != counts[1]:
             problems.append(f"an image of {size[0]} x {size[1]}: {counts[0]} tokens there, {counts[1]} here")
     for name in ("image_mean", "image_std", "rescale_factor"):
-        there, here = (getattr(processor.image_processor, name) for processor in (own, run))
+        there, here = (_numbers(getattr(processor, name)) for processor in (own, run))
         if there != here:
             problems.append(f"image processor's {name}: {there} there, {here} here")
     return problems
 
 
-def _image_tokens(processor: Processor, size: tuple[int, int]) -> int:
+def _numbers(value: Any) -> Any:
+    """JSON's lists and a library's tuples are the same."""
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _image_tokens(processor: Qwen2VLImageProcessorPil, size: tuple[int, int]) -> int:
     """Tokens that one image takes in a prompt."""
-    _, grid_13 = processor.pixels([Image.new("RGB", size)])
-    return int(grid_13.prod()) // processor.image_processor.merge_size**2
+    grid_13 = processor(images=[Image.new("RGB", size)], return_tensors="pt")["image_grid_thw"]
+    return int(grid_13.prod()) // int(processor.merge_size) ** 2

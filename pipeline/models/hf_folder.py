@@ -5,6 +5,7 @@ Nothing here holds more than one tensor, so a model may be larger than the memor
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import IO, Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from pipeline.errors import UserError
 from pipeline.files import put_in_place, sync
-from pipeline.models.families import moe_family, without_weights
+from pipeline.models.families import MOE_FAMILIES, moe_family, without_weights
 
 SHARD_BYTES = 4 << 30
 HEADER_BYTES = 1 << 19
@@ -186,19 +187,75 @@ class DiskLayout:
     (`language_model.model...` of older composites, one matrix per expert and projection). One thing is added here.
     Qwen3-VL-MoE is published, and read by serving engines, with the input dimension of packed experts first:
     `experts.gate_up_proj` [E, H, 2W] and `experts.down_proj` [E, W, H]. transformers has and writes [E, 2W, H] and
-    [E, H, W]. It reads both and tells them apart by shape; a square matrix therefore stays as the module has it.
+    [E, H, W]. It reads both and tells them apart by shape, which a square matrix does not say: a model with square
+    experts is written as transformers writes it, and `turn_square_experts` reads it either way.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self._model = without_weights(config)
         family = moe_family(config)
-        self._packed = family is not None and family.on_disk == "packed"
+        self._packed = family is not None and family.on_disk == "packed" and square_expert(config) is None
 
     def __call__(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) pairs on disk of one module tensor: several for experts that are stored one by one."""
         for disk_name, stored in revert_weight_conversion(self._model, {name: tensor}).items():
             packed = self._packed and disk_name.endswith((".experts.gate_up_proj", ".experts.down_proj"))
-            yield disk_name, stored.transpose(1, 2) if packed and stored.shape[1] != stored.shape[2] else stored
+            yield disk_name, stored.transpose(1, 2) if packed else stored
+
+
+_EXPERTS = re.compile(r".*\blayers\.(?P<layer>\d+)\.mlp\.experts\.(?P<part>gate_up_proj|down_proj)")
+
+
+def square_expert(config: PreTrainedConfig) -> str | None:
+    """Which tensor of packed experts has square matrices, `gate_up_proj` (H = 2W) or `down_proj` (H = W), if any."""
+    text: Any = config.get_text_config()
+    family = MOE_FAMILIES.get(text.model_type)
+    if family is None or family.on_disk != "packed" or not getattr(text, "num_experts", 0):
+        return None
+    return {2 * text.moe_intermediate_size: "gate_up_proj", text.moe_intermediate_size: "down_proj"}.get(
+        text.hidden_size
+    )
+
+
+def turn_square_experts(model: PreTrainedModel, folder: Path) -> None:
+    """Transpose the square experts of a model that transformers has just loaded from the published layout.
+
+    It takes them as they are. The layer's other tensor is not square and says which layout the folder has.
+
+    Raises:
+        UserError: the folder does not say, or the weights are not in memory.
+    """
+    square = square_expert(model.config)
+    if square is None:
+        return
+    config: Any = model.config.get_text_config()
+    # [E, 2W, H] and [E, H, W] in transformers' layout, the last two swapped in the published one.
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    ours = (2 * width, hidden) if square == "down_proj" else (hidden, width)
+    with TensorFiles(folder.glob("*.safetensors")) as files:
+        shapes = {
+            int(match["layer"]): files.shape(name)[1:]
+            for name in files
+            if (match := _EXPERTS.fullmatch(name)) and match["part"] != square
+        }
+    for name, parameter in model.named_parameters():
+        match = _EXPERTS.fullmatch(name)
+        if match is None or match["part"] != square:
+            continue
+        found = shapes.get(int(match["layer"]))
+        if found not in (ours, ours[::-1]):
+            raise UserError(
+                f"{folder}: {name} has square matrices, and no other tensor of its layer tells in which layout "
+                f"(sizes {found}, expected {ours} or {ours[::-1]}). Nothing was started."
+            )
+        if found == ours:
+            continue
+        if parameter.is_meta:
+            raise UserError(
+                f"{folder}: {name} has square matrices in the published layout, which can only be turned in memory; "
+                "targets.device_map leaves it on disk. Nothing was started."
+            )
+        parameter.data = parameter.data.transpose(1, 2).contiguous()
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:

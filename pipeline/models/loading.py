@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pipeline.data.processor import Processor
 from pipeline.errors import UserError
 from pipeline.models.families import auto_class, load_config
+from pipeline.models.hf_folder import turn_square_experts
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -90,6 +91,7 @@ def load_model(
         listing = "\n  ".join(problems)
         raise UserError(f"{path}: weights and config.json do not belong together.\n  {listing}")
     assert isinstance(model, PreTrainedModel)
+    turn_square_experts(model, path)
     model.train(False)
     _multiply_patches(model)
     return model

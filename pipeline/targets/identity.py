@@ -45,6 +45,7 @@ def known_identity(recipe: Recipe, processor: Processor) -> Identity:
         **sketches.identity_of(recipe.targets.sketches),
         "temperature": recipe.targets.temperature,
         "dtype": recipe.targets.dtype,
+        "matmul_precision": recipe.targets.matmul_precision,
         **weights,
         **{f"processor_{name}": value for name, value in processor.identity().items()},
     }

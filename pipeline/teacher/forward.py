@@ -22,6 +22,8 @@ from pipeline.targets.soft_targets import SoftTargets, concatenate, draw_offsets
 
 _LOGITS_AT_ONCE = 1 << 25
 """Elements of the largest logit matrix: 128 MiB in float32."""
+_WEIGHT_AT_ONCE = 1 << 25
+"""Elements of the LM head's weight that are float32 at a time: 128 MiB."""
 
 
 @dataclass(slots=True)
@@ -93,14 +95,40 @@ def _head_targets(
 ) -> SoftTargets:
     """Soft targets on the CPU; the LM head runs over a few rows at a time."""
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    step = max(1, _LOGITS_AT_ONCE // int(head.weight.shape[0]))
+    step = max(1, _LOGITS_AT_ONCE // vocab_size)
     keep, spec = CODECS[settings.codec].keep, make_spec(settings, vocab_size)
     parts = []
     for begin in range(0, max(len(rows_ND), 1), step):
-        logits = head(rows_ND[begin : begin + step])[:, :vocab_size]
+        logits = head_logits(head, rows_ND[begin : begin + step], vocab_size)
         gold, offsets = (x[begin : begin + step].to(logits.device) for x in (gold_N, offsets_N))
         parts.append(keep(logits, gold, offsets, settings.temperature, spec))
     return concatenate(parts).to("cpu")
+
+
+def head_logits(head: Any, rows_ND: Tensor, vocab_size: int) -> Tensor:
+    """Logits f32[N, V] of the LM head, summed and kept in float32 whatever dtype it has.
+
+    A head in bfloat16 would round its logits to 8 bits: up to 0.1 nats of a log-probability. Its weight becomes
+    float32 a few rows at a time, so memory beside the logits is bounded by `_WEIGHT_AT_ONCE`.
+
+    Args:
+        head: the linear layer; accelerate's hook on it, if any, brings its weight to the device that computes.
+        rows_ND: what it reads, in the teacher's dtype.
+        vocab_size: leading rows of the weight that stand for tokens.
+    """
+    hook = getattr(head, "_hf_hook", None)
+    if hook is not None:
+        (rows_ND,), _ = hook.pre_forward(head, rows_ND)
+    weight_VD, bias_V = head.weight[:vocab_size], head.bias
+    rows_ND = rows_ND.to(weight_VD.device, torch.float32)
+    logits_NV = rows_ND.new_empty(len(rows_ND), len(weight_VD))
+    step = max(1, _WEIGHT_AT_ONCE // weight_VD.shape[1])
+    for begin in range(0, len(weight_VD), step):
+        part = slice(begin, begin + step)
+        logits_NV[:, part] = rows_ND @ weight_VD[part].float().T
+    if bias_V is not None:
+        logits_NV += bias_V[:vocab_size].float()
+    return logits_NV if hook is None else hook.post_forward(head, logits_NV)
 
 
 def _sketches(

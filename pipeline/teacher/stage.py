@@ -9,6 +9,7 @@ on after any interruption, and adds the samples that the data set has gained.
 """
 
 import argparse
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
     """
     if not 0 <= worker < workers:
         raise ConfigError(f"--worker {worker} must lie in [0, --workers {workers})")
-    torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    torch.set_float32_matmul_precision(recipe.targets.matmul_precision)
     processor = Processor.load(recipe.processor_dir, recipe.data)
     samples = open_training_split(recipe)
     writer = StoreWriter(recipe.store_url, expected_identity(recipe, processor))
@@ -99,7 +100,12 @@ def _load_teacher(recipe: Recipe, processor: Processor) -> PreTrainedModel:
     path = recipe.model_dir(recipe.teacher)
     model = load_model(path, dtype, attention=batch_attention(), device_map=settings.device_map)
     check_compatible(model, processor)
-    check_own_files(path, processor, recipe.data)
+    if lacking := check_own_files(path, processor, recipe.data):
+        print(
+            f"{path}: has no {' and no '.join(lacking)} of its own to compare with {processor.origin}: that it was "
+            "trained with that one is taken on trust",
+            file=sys.stderr,
+        )
     if settings.device_map is None:
         torch.nn.Module.to(model, compute_device(recipe.run.device))
     return model

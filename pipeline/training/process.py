@@ -1,18 +1,16 @@
 """A training process: its signals, its group of ranks, and the lock that keeps a job from running twice at once."""
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import IO, TypeVar, cast
+from typing import TypeVar, cast
 
 import deepspeed
 import torch.distributed as dist
@@ -21,7 +19,7 @@ from deepspeed.accelerator import get_accelerator
 from torch.distributed import distributed_c10d
 
 from pipeline.errors import ConfigError, LostContactError, UserError
-from pipeline.files import PACKAGE
+from pipeline.files import PACKAGE, locked
 from pipeline.training import operators
 
 LOCK_WAIT_S, OTHER_JOB_WAIT_S = 60.0, 5.0
@@ -55,30 +53,14 @@ def only_one(job_dir: Path, rank: int) -> Iterator[None]:
     if rank:
         yield
         return
-    job_dir.mkdir(parents=True, exist_ok=True)
-    with (job_dir / "lock").open("a+") as file:
-        _lock(file, job_dir)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}{_slurm_job()}")
-        file.flush()
+
+    def refusal(holder: str) -> str:
+        return (
+            f"{job_dir}: another run of this job is going on ({holder}). Wait for it or stop it. Nothing was changed."
+        )
+
+    with locked(job_dir / "lock", _patience_s, refusal, _slurm_job()):
         yield
-
-
-def _lock(file: IO[str], job_dir: Path) -> None:
-    began = time.monotonic()
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read()
-            if time.monotonic() - began > _patience_s(holder):
-                raise UserError(
-                    f"{job_dir}: another run of this job is going on ({holder}). Wait for it or stop it. "
-                    "Nothing was changed."
-                ) from None
-            time.sleep(1.0)
 
 
 def _patience_s(holder: str) -> float:

@@ -158,7 +158,7 @@ def make_teacher_run(folder: Path, options: argparse.Namespace) -> tuple[Recipe,
     overrides = [f"benchmark.models.teacher.text.{key}={value}" for key, value in sizes.items()]
     batch_size = options.batch_size
     overrides += [f"targets.batch_size={batch_size}", f"targets.shard_samples={WINDOW_BATCHES * batch_size}"]
-    overrides += [f"run.matmul_precision={options.precision}", f"targets.codec={options.codec}"]
+    overrides += [f"targets.matmul_precision={options.precision}", f"targets.codec={options.codec}"]
     recipe = make_run(folder, options.scenes, overrides)
     return recipe, make_model(recipe, "teacher", options.vocab, peaky=True)
 
@@ -166,7 +166,7 @@ def make_teacher_run(folder: Path, options: argparse.Namespace) -> tuple[Recipe,
 def bench(options: argparse.Namespace, folder: Path) -> Figures:
     """The figures and what they were measured on."""
     recipe, parameters = make_teacher_run(folder, options)
-    torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    torch.set_float32_matmul_precision(recipe.targets.matmul_precision)
     model = load_model(recipe.model_dir("models.teacher"), attention=batch_attention())
     encoded = encode(recipe)
     bare_forward(model, encoded.batches[0])  # both once, to warm up

@@ -1,5 +1,6 @@
 """Adding shards to a store: which ones to write, writing one, and which ones are whole."""
 
+import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from pipeline.targets.container.shards import (
     write_shard,
 )
 
+UNSEEN_S = 120.0
+"""Seconds in which what another worker wrote must be seen: network file systems keep lists of names for a minute."""
+_LOOK_S = 0.05
+
 
 class StoreWriter:
     """Adds shards to a store. Any number of processes may write different shards at once."""
@@ -55,8 +60,12 @@ class StoreWriter:
         Args:
             dataset: fingerprint of the data set that the samples come from; kept in the part, for messages.
             whole: shards that `committed` has found whole; None: looks again.
+
+        Raises:
+            StoreError: another worker's part stays invisible for `UNSEEN_S`, or a part is damaged.
         """
         available, whole = set(sample_ids), self.committed()[0] if whole is None else whole
+        began = time.monotonic()
         while True:
             parts = read_parts(self.folder)
             planned = dict(planned_shards(parts))
@@ -73,7 +82,15 @@ class StoreWriter:
                 "sample_ids": new,
             }
             # When another worker creates this part first, theirs counts: it is read in the next round.
-            self.folder.create(part_name(len(parts)), sealed_json(part))
+            if self.folder.create(part_name(len(parts)), sealed_json(part)):
+                continue
+            if time.monotonic() - began > UNSEEN_S:
+                raise StoreError(
+                    f"{self.folder}: {part_name(len(parts))} is said to be there and cannot be seen, for "
+                    f"{UNSEEN_S:g} s now. The file system hides what other machines write; try again later, or set "
+                    "targets.store to a folder elsewhere. Nothing was changed."
+                )
+            time.sleep(_LOOK_S)
 
     def write_shard(self, shard: int, samples: Sequence[tuple[str, int, Bytes]], kind: Kind) -> Commit:
         """Commit one shard's file of a kind, replacing a damaged one. Atomic against kill -9 and power cuts.

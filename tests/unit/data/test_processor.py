@@ -155,6 +155,85 @@ def test_identity_changes_with_each_part_and_only_then(processor, tmp_path):
     assert differing() == {"tokenizer"}
 
 
+def test_identity_is_behaviour_and_not_what_a_library_writes_down(processor, tmp_path, monkeypatch):
+    """Keys that a release adds, renames or drops, and another rounding of float32, are no other processor."""
+    before = processor.identity()
+    core, images = processor.tokenizer.backend_tokenizer, processor.image_processor
+    raw = json.loads(core.to_str())
+    raw["version"], raw["new_setting"] = "2.0", {"of": "a release"}
+    raw["model"]["also_new"] = False
+    del raw["padding"]
+
+    class Newer:
+        def to_str(self):
+            return json.dumps(raw, indent=1)
+
+    monkeypatch.setattr(type(processor.tokenizer), "backend_tokenizer", property(lambda self: Newer()))
+    monkeypatch.setattr(type(images), "to_dict", lambda self: {"new_key": None})
+    theirs = type(images).__call__
+
+    def rounded_otherwise(self, *args, **options):
+        made = theirs(self, *args, **options)
+        made["pixel_values"] = made["pixel_values"] * (1 + 2e-7) - 1e-7
+        return made
+
+    monkeypatch.setattr(type(images), "__call__", rounded_otherwise)
+    assert processor.identity() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_mean": [0.5, 0.5, 0.48]},
+        {"image_std": [0.5, 0.25, 0.5]},
+        {"image_mean": [0.4, 0.5, 0.6]},
+        {"rescale_factor": 1 / 128},
+        {"resample": 2},
+        {"do_normalize": False},
+        {"patch_size": 8},
+        {"merge_size": 1},
+        {"temporal_patch_size": 1},
+    ],
+)
+def test_every_setting_that_changes_pixels_changes_the_identity(processor, tmp_path, changes):
+    folder = tmp_path / "copy"
+    shutil.copytree(processor.origin, folder)
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    ours, theirs = processor.identity(), Processor.load(folder, data()).identity()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"image_processor"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+    ],
+)
+def test_every_setting_that_changes_ids_changes_the_identity(processor, tmp_path, changes):
+    folder = tmp_path / "copy"
+    shutil.copytree(processor.origin, folder)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    ours, theirs = processor.identity(), Processor.load(folder, data()).identity()
+    assert {key for key in ours if ours[key] != theirs[key]} == {"tokenizer"}
+
+
+def test_merges_are_part_of_the_identity_in_either_notation(tmp_path):
+    save_qwen_like(tmp_path / "one")
+    path = tmp_path / "one" / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    pairs = raw["model"]["merges"]
+    assert len(pairs) > 2 and isinstance(pairs[0], list)
+    before = Processor.load(tmp_path / "one", data()).identity()
+    path.write_text(json.dumps(raw | {"model": raw["model"] | {"merges": [" ".join(pair) for pair in pairs]}}))
+    assert Processor.load(tmp_path / "one", data()).identity() == before
+    path.write_text(json.dumps(raw | {"model": raw["model"] | {"merges": [pairs[1], pairs[0], *pairs[2:]]}}))
+    assert Processor.load(tmp_path / "one", data()).identity()["tokenizer"] != before["tokenizer"]
+
+
 def test_collate_pads_either_side(processor, tmp_path):
     samples = corpus(save_image(tmp_path / "a.png", 64, 64))
     rows = [processor.encode(s) for s in (samples[0], make_sample(samples[0].images, answer="Stop."))]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,54 @@ def refusal(folder: Path, processor: Processor) -> str:
 
 
 def test_the_same_files_and_no_files_pass(own: Path, processor: Processor, tmp_path: Path) -> None:
-    check_own_files(own, processor, DATA)
-    check_own_files(Path(processor.origin), processor, DATA)
+    assert check_own_files(own, processor, DATA) == []
+    assert check_own_files(Path(processor.origin), processor, DATA) == []
     (tmp_path / "bare").mkdir()
-    check_own_files(tmp_path / "bare", processor, DATA)
+    assert check_own_files(tmp_path / "bare", processor, DATA) == ["tokenizer", "image processor"]
+
+
+def swap_ids(folder: Path) -> str:
+    """Two tokens of tokenizer.json change places; the words of the refusal."""
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    pieces = tokens["model"]["vocab"]  # [piece, score] by id
+    pieces[300], pieces[301] = pieces[301], pieces[300]
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    return f"{pieces[301][0]!r}: 301 there, 300 here"
+
+
+def nested(folder: Path) -> None:
+    """As `processor.save_pretrained` of transformers 5 leaves a folder."""
+    inside = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": inside}))
+    (folder / "preprocessor_config.json").unlink()
+
+
+def without_images(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+def without_settings(folder: Path) -> None:
+    without_images(folder)
+    (folder / "tokenizer_config.json").unlink()
+
+
+@pytest.mark.parametrize("form", [nested, without_images, without_settings])
+def test_swapped_tokens_are_found_in_whatever_form_a_teacher_is_saved(
+    own: Path, processor: Processor, form: Callable[[Path], None]
+) -> None:
+    form(own)
+    assert swap_ids(own) in refusal(own, processor)
+
+
+def test_an_image_processor_alone_is_compared(own: Path, processor: Processor) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (own / name).unlink(missing_ok=True)
+    assert check_own_files(own, processor, DATA) == ["tokenizer"]
+    nested(own)
+    assert check_own_files(own, processor, DATA) == ["tokenizer"]
+    path = own / "processor_config.json"
+    edit(path, image_processor=json.loads(path.read_text())["image_processor"] | {"image_std": [0.1, 0.2, 0.3]})
+    assert "image_std: " in refusal(own, processor)
 
 
 def test_tokens_with_other_ids_are_named(own: Path, processor: Processor) -> None:
@@ -63,11 +108,7 @@ def test_tokens_with_other_ids_are_named(own: Path, processor: Processor) -> Non
         f"1 token(s) have other ids or are missing in one; first: 'zebra': {processor.vocab_size} there, none here"
         in told
     )
-    tokens = json.loads((own / "tokenizer.json").read_text())
-    pieces = tokens["model"]["vocab"]  # [piece, score] by id
-    pieces[300], pieces[301] = pieces[301], pieces[300]
-    (own / "tokenizer.json").write_text(json.dumps(tokens))
-    assert f"{pieces[301][0]!r}: 301 there, 300 here" in refusal(own, processor)
+    assert swap_ids(own) in refusal(own, processor)
 
 
 def test_another_chat_template_is_shown_where_it_differs(own: Path, processor: Processor) -> None:
@@ -86,13 +127,17 @@ def test_other_image_tokens_are_counted(own: Path, processor: Processor) -> None
     assert "0.1, 0.2, 0.3" in told.split("image_mean")[1].split("there")[0]
 
 
-def test_stages_check_when_they_start(teacher_run: Path, tmp_path: Path) -> None:
+def test_stages_check_when_they_start(teacher_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(teacher_run, tmp_path / "run"))
     template = run / "models" / "teacher" / "chat_template.jinja"
     template.write_text(template.read_text() + "{# mine #}")
     recipe = load_recipe(run / "recipe.yaml", [f"run.dir={run}", f"data.root={run / 'data'}"])
     with pytest.raises(UserError, match="chat template"):
         run_pass(recipe)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        (template.parent / name).unlink()
+    run_pass(recipe)
+    assert "has no tokenizer and no image processor of its own" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

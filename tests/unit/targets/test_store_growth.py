@@ -56,6 +56,30 @@ def fill(url, ids, shard_samples=2, identity=IDENTITY, dataset="first"):
 # -- growing -----------------------------------------------------------------------------------------------
 
 
+class Late(LocalFolder):
+    """A network folder on which another worker's files appear after some looks at the list of names."""
+
+    looks = 0
+
+    def names(self):
+        Late.looks -= 1
+        return [] if Late.looks > 0 else LocalFolder.names(self)
+
+
+@pytest.mark.parametrize("looks", [3, 10**9])
+def test_another_workers_part_is_waited_for_and_not_for_ever(tmp_path, monkeypatch, looks):
+    StoreWriter(tmp_path, IDENTITY).plan(IDS[:3], 2, "first")
+    writer = StoreWriter(tmp_path, IDENTITY)
+    writer.folder = Late(tmp_path)
+    monkeypatch.setattr(Late, "looks", looks)
+    monkeypatch.setattr("pipeline.targets.container.writer.UNSEEN_S", 0.3)
+    if looks == 3:
+        assert writer.plan(IDS[:3], 2, "first", set()) == {0: IDS[:2], 1: IDS[2:3]}
+    else:
+        with pytest.raises(StoreError, match=r"part-00000\.json is said to be there and cannot be seen, for 0\.3 s"):
+            writer.plan(IDS[:3], 2, "first", set())
+
+
 def test_more_data_extend_a_store_and_touch_nothing(tmp_path):
     assert fill(tmp_path, IDS[:4]) == [0, 1]
     before = contents(tmp_path)

@@ -18,7 +18,8 @@ from pipeline.targets.container.leases import LEASE_S, ShardLeases, lease_name
 from pipeline.targets.container.shards import shard_name
 from pipeline.targets.identity import expected_identity
 from pipeline.targets.store import SoftTargetStore
-from pipeline.teacher.forward import batch_outputs
+from pipeline.teacher import forward, shard_pass
+from pipeline.teacher.forward import batch_outputs, head_logits
 from pipeline.teacher.stage import run_pass
 from tests.helpers import ranks
 from tests.helpers.ranks import Running
@@ -40,16 +41,15 @@ def finished(run):
     return recipe
 
 
-def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished):
+def test_a_padded_batch_gives_each_sample_what_it_gets_alone(finished, monkeypatch):
     processor, samples, model = parts(finished)
     chosen = samples[:7]
     encoded = [processor.encode(sample) for sample in chosen]
     assert len({len(e.input_ids) for e in encoded}) > 4
     rows = []
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    monkeypatch.setattr(forward, "head_logits", lambda *given: (rows.append(len(given[1])), head_logits(*given))[1])
     batch = collate(encoded, processor.pad_id, processor.image_token_id)
     targets = list(batch_outputs(model, batch, finished.targets, processor.vocab_size).targets.values())
-    hook.remove()
     assert sum(rows) == sum(len(t) for t in targets)  # the full [B, S, V] never existed
     for sample, got in zip(chosen, targets, strict=True):
         gold, log_p = alone(model, processor, sample)
@@ -207,6 +207,7 @@ def reword(run: Path) -> None:
     [
         (retrain, [], "teacher_weights"),
         (None, ["targets.temperature=1.0"], "temperature: store 2.0, this run 1.0"),
+        (None, ["targets.matmul_precision=medium"], "matmul_precision: store 'highest', this run 'medium'"),
         (None, ["targets.top_k=8"], "top_k: store 16, this run 8"),
         (None, ["targets.bits=8"], "bits: store 7, this run 8"),
         (None, ["targets.codec=sampled", "targets.draws=9"], "draws: store None, this run 9"),
@@ -222,6 +223,24 @@ def test_a_store_of_another_origin_is_not_extended(finished, tmp_path, change, o
     with pytest.raises(StoreError, match=field):
         run_pass(recipe)
     assert contents(Path(recipe.store_url)) == before
+
+
+@pytest.mark.parametrize(("given", "wanted"), [([], "highest"), (["targets.matmul_precision=high"], "high")])
+def test_targets_are_computed_as_the_store_says_whatever_the_run_trains_with(run, tmp_path, monkeypatch, given, wanted):
+    seen = []
+    theirs = shard_pass.batch_outputs
+    monkeypatch.setattr(
+        shard_pass,
+        "batch_outputs",
+        lambda *rest: (seen.append(torch.get_float32_matmul_precision()), theirs(*rest))[1],
+    )
+    recipe = elsewhere(run, tmp_path / "store", "run.matmul_precision=medium", *given)
+    try:
+        run_pass(recipe)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {wanted}
+    assert SoftTargetStore.open(recipe.store_url, None).identity["matmul_precision"] == wanted
 
 
 def test_a_teacher_that_gives_nan_writes_nothing(finished):
