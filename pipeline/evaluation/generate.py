@@ -132,6 +132,7 @@ def answers(
     max_new_tokens: int,
     blind: bool = False,
     in_step: bool = False,
+    cut: set[str] | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, str]:
     """The model's answer to each sample's question, by sample_id.
@@ -139,6 +140,7 @@ def answers(
     Args:
         blind: blank the images to grey.
         in_step: see `greedy`; every rank has as many samples.
+        cut: receives the ids of samples whose answer `max_new_tokens` ended.
         on_progress: called with the number of samples of every finished batch.
 
     Raises:
@@ -150,6 +152,8 @@ def answers(
         batch = collate(encoded, processor.pad_id, processor.image_token_id, side="left")
         rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids, in_step=in_step)
         texts |= {e.sample_id: processor.decode(row) for e, row in zip(encoded, rows, strict=True)}
+        if cut is not None:
+            cut |= {e.sample_id for e, row in zip(encoded, rows, strict=True) if len(row) == max_new_tokens}
         on_progress(len(rows))
     return texts
 

@@ -44,6 +44,8 @@ class Row:
     e2e_ms: float
     speedup_vs_teacher: float
     """End to end at batch 1, the same number of new tokens; above 1 is faster than the first row."""
+    cut: int = 0
+    """Answers that `max_new_tokens` ended: they are scored as they stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,15 @@ def latency_line(settings: Mapping[str, Any]) -> str:
         f"latency: batch {settings['batch_size']}, {settings['new_tokens']} forced new tokens, "
         f"{settings['samples']} samples x {settings['repeats']} repeats, {settings['threads']} thread(s), "
         f"expert loop of MoE models: {settings['experts_implementation']}"
+    )
+
+
+def cut_line(rows: Sequence[Row], questions: int, max_new_tokens: int) -> str:
+    """Whose answers were cut, in one line."""
+    counts = ", ".join(f"{row.name} {row.cut}" for row in rows if row.cut)
+    return (
+        f"cut at evaluation.max_new_tokens = {max_new_tokens}, of {questions} answers each, and scored as they stand: "
+        f"{counts}"
     )
 
 

@@ -49,6 +49,8 @@ class Answered:
     params: tuple[int, int]
     """Total and active per token."""
     scores: Scores
+    cut: int
+    """Answers that `max_new_tokens` ended."""
 
 
 class Evaluation:
@@ -81,11 +83,12 @@ class Evaluation:
         path, identity = self.folder / f"{self.slugs[row.name]}.json", self._row_identity(row)
         stored = _read_if_same(path, identity)
         if stored is None:
-            params, texts = self._generate(row)
+            params, texts, cut = self._generate(row)
         else:
             params = (stored["params_total"], stored["params_active"])
             texts = {record["sample_id"]: record["prediction"] for record in stored["samples"]}
-        records = [_record(sample, texts[sample.sample_id]) for sample in self.samples]
+            cut = {record["sample_id"] for record in stored["samples"] if record["cut"]}
+        records = [_record(s, texts[s.sample_id], s.sample_id in cut) for s in self.samples]
         scores = score_all(records)
         content: Json = {
             "identity": identity,
@@ -95,12 +98,13 @@ class Evaluation:
             "blind": row.blind,
             "params_total": params[0],
             "params_active": params[1],
+            "cut": len(cut),
             "scores": scores,
             "samples": records,
         }
         if content != stored:
             write_json(path, content)
-        return Answered(row, params, scores)
+        return Answered(row, params, scores, len(cut))
 
     def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
         """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
@@ -117,8 +121,9 @@ class Evaluation:
         timed = {ref: [latency.Timing(**t) for t in rows] for ref, rows in stored["timings"].items()}
         return timed, stored["settings"]
 
-    def _generate(self, row: EvaluationRow) -> tuple[tuple[int, int], dict[str, str]]:
-        model = self.open(row.model)
+    def _generate(self, row: EvaluationRow) -> tuple[tuple[int, int], dict[str, str], set[str]]:
+        """Numbers of parameters, answers by sample_id, and whose answers were cut."""
+        model, cut = self.open(row.model), set[str]()
         with tqdm(total=len(self.samples), desc=row.name, unit="answer", disable=None) as bar:
             texts = answers(
                 model,
@@ -127,9 +132,10 @@ class Evaluation:
                 batch_size=self.settings.batch_size,
                 max_new_tokens=self.settings.max_new_tokens,
                 blind=row.blind,
+                cut=cut,
                 on_progress=bar.update,
             )
-        return parameter_counts(model), texts
+        return parameter_counts(model), texts, cut
 
     def _measure(self) -> dict[str, list[latency.Timing]]:
         gc.collect()
@@ -238,7 +244,10 @@ def evaluate(recipe: Recipe) -> Json:
         "config": recipe.model_dump(mode="json", exclude_unset=True),
     }
     write_json(recipe.run.dir / "results.json", content)
-    print(f"{results.table(rows)}\n{results.latency_line(settings)}\n\n{results.bar_lines(measured)}")
+    notes = [results.latency_line(settings)]
+    if any(row.cut for row in rows):
+        notes.append(results.cut_line(rows, len(evaluation.samples), recipe.evaluation.max_new_tokens))
+    print("\n".join([results.table(rows), *notes, "", results.bar_lines(measured)]))
     return content
 
 
@@ -260,10 +269,12 @@ def _table_row(answered: Answered, blind: Scores, slug: str, speed: latency.Late
         tpot_ms=speed.tpot_ms,
         e2e_ms=speed.e2e_ms,
         speedup_vs_teacher=speed.speedup,
+        cut=answered.cut,
     )
 
 
-def _record(sample: Sample, prediction: str) -> Json:
+def _record(sample: Sample, prediction: str, cut: bool) -> Json:
+    """One answer; `cut`: it has `max_new_tokens` and no end."""
     return {
         "sample_id": sample.sample_id,
         "task": sample.task,
@@ -271,6 +282,7 @@ def _record(sample: Sample, prediction: str) -> Json:
         "prompt": sample.prompt,
         "gold": sample.answer,
         "prediction": prediction,
+        "cut": cut,
     }
 
 

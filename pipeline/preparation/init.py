@@ -44,7 +44,8 @@ def main(recipe: None, options: argparse.Namespace) -> None:
     load_recipe(out)  # what is written is a recipe
     lengths: Lengths = values["lengths"]
     print(f"teacher  {teacher.folder}: {teacher}\nstudent  {student.folder}: {student}")
-    print(f"data     {values['root']}: {values['format']}, splits {values['splits']}, {lengths.samples:,} samples")
+    splits = ", ".join(f"{name} {found}" for name, found in values["splits"].items() if found is not None)
+    print(f"data     {values['root']}: {values['format']}, {splits}; {lengths.samples:,} samples to train on")
     print(f"{out}: written. Next: `clkd check {out}`")
 
 
@@ -73,6 +74,8 @@ def _values(
     defaults = DataConfig()
     largest = _rounded(lengths.quantile("pixels", 1.0), PIXELS_OF_A_TOKEN)
     max_pixels = min(defaults.max_pixels, largest)
+    # Small images are not blown up: that would cost tokens and show nothing more.
+    smallest = max(PIXELS_OF_A_TOKEN, lengths.quantile("pixels", 0.0) // PIXELS_OF_A_TOKEN * PIXELS_OF_A_TOKEN)
     longest = lengths.quantile("tokens", 1.0)
     steps = max(1, math.ceil(EPOCHS * lengths.samples / GLOBAL_SIZE))
     return {
@@ -85,7 +88,7 @@ def _values(
         "lengths": lengths,
         "run_dir": Path("runs") / root.name,
         "max_pixels": max_pixels,
-        "min_pixels": min(defaults.min_pixels, max_pixels),
+        "min_pixels": min(defaults.min_pixels, smallest),
         # A quarter above the longest of those looked at: `clkd check` looks at all.
         "max_length": min(_rounded(math.ceil(1.25 * longest), 256), student.positions, teacher.positions),
         "max_new_tokens": max(128, _rounded(2 * lengths.quantile("answer", 1.0), 64)),

@@ -57,6 +57,7 @@ class ResultRow(_Lenient):
     tpot_ms: float | None = None
     e2e_ms: float | None = None
     speedup_vs_teacher: float | None = None
+    cut: int = 0
 
 
 class ResultBar(_Lenient):

@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError, DataError, UserError
 from pipeline.evaluation import generate, latency, results, stage
 from pipeline.evaluation.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts
 from pipeline.evaluation.latency import Timing
-from pipeline.evaluation.results import Row, bars
+from pipeline.evaluation.results import Row, bars, cut_line
 from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
@@ -173,6 +173,16 @@ def test_answers_belong_to_their_samples_whatever_the_batches(shared):
     assert small == answers(model, processor, samples, batch_size=24, max_new_tokens=NEW_TOKENS)
 
 
+def test_answers_without_an_end_count_as_cut(shared):
+    model, processor, samples = shared.open("models.teacher"), shared.processor, shared.samples
+    cut, stops = set[str](), (processor.eos_id, processor.pad_id)
+    answers(model, processor, samples, batch_size=5, max_new_tokens=NEW_TOKENS, cut=cut)
+    tokens = {s.sample_id: hugging_face(model, single(processor, s), stops) for s in samples}
+    assert cut == {sample_id for sample_id, ids in tokens.items() if len(ids) == NEW_TOKENS}
+    line = cut_line([row("teacher", 0.8, 0.5, cut=3), row("sft", 0.1, 0.1), row("kd", 0.1, 0.1, cut=1)], 40, 512)
+    assert "max_new_tokens = 512, of 40 answers each" in line and line.endswith(": teacher 3, kd 1")
+
+
 def test_blind_models_see_grey_and_nothing_else(shared):
     model, processor = shared.open("models.teacher"), shared.processor
     seen: list[torch.Tensor] = []
@@ -313,6 +323,7 @@ def test_the_stage_writes_what_it_prints(first):
     for line in content["rows"]:
         record = json.loads((folder / "evaluation" / f"{line['slug']}.json").read_text())
         assert record["scores"] == line["scores"]
+        assert line["cut"] == record["cut"] == sum(s["cut"] for s in record["samples"])
         assert {(s["task"], s["slice"]) for s in record["samples"]} == {(t, p) for t in TASKS for p in SLICES}
         assert line["regular"] == pytest.approx(sum(line["scores"]["regular"][t] for t in TASKS) / 3)
     timings = json.loads((folder / "evaluation/latency.json").read_text())["timings"]
