@@ -1,7 +1,7 @@
 """What is wrong in the records of a data set: collected, so that all of it is said at once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +77,19 @@ class _At:
             self._problems.found.append(Problem(str(self._record), self._field, str(error)))
             return True
         return False
+
+
+LEFT_OUT = "left_out.jsonl"
+"""In a run's or a job's folder: samples that a stage could not encode, with `data.bad_samples: skip`."""
+
+
+def append_left_out(path: Path, problems: Mapping[str, str], about: Mapping[str, object]) -> None:
+    """A JSON line for each sample: `sample_id`, `problem`, and what `about` adds. Workers may share a file."""
+    if problems:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**about, "sample_id": i, "problem": problem}) + "\n" for i, problem in problems.items()]
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:

@@ -6,18 +6,20 @@ Shapes: B samples, S sequence, P patches of all images, n images; C*T*p*p values
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.data import processor_folder, processor_identity
-from pipeline.data.collate import IGNORED, Encoded
-from pipeline.data.sample import Sample, load_image
+from pipeline.data.collate import IGNORED, Batch, Encoded, collate
+from pipeline.data.sample import ASSISTANT, IMAGE, USER, Sample, Turn, load_image
 from pipeline.data.special_tokens import (
     END_OF_TEXT,
     IMAGE_PAD,
@@ -32,6 +34,8 @@ from pipeline.recipe import DataConfig
 
 GREY = (128, 128, 128)
 """Colour of a blanked image."""
+_MARK = "\ufdd0", "\ufdd1"
+"""Around the number of an answer while a chat is rendered: characters that Unicode keeps for such uses, in no text."""
 
 
 class Processor:
@@ -45,12 +49,18 @@ class Processor:
         origin: str,
         cuts_answers: bool = False,
         box_width: int = 2,
+        learns_all: bool = True,
+        leaves_out: bool = False,
     ) -> None:
         """Wrap parts loaded from the folder `origin`. Raises UserError as `load` does."""
         processor_folder.check_tokenizer(tokenizer, origin)
         self.tokenizer = tokenizer
         self.image_processor = image_processor
         self.max_length, self.cuts_answers, self.box_width = max_length, cuts_answers, box_width
+        self.learns_all = learns_all
+        """Whether earlier answers of a conversation are labels too."""
+        self.leaves_out = leaves_out
+        """Whether a sample that cannot be encoded is left out."""
         self.origin = origin
         vocab = tokenizer.get_vocab()
         token_id = {token: vocab[token] for token in SPECIAL_TOKENS}
@@ -73,10 +83,19 @@ class Processor:
         """
         path = Path(path)
         tokenizer, image_processor = processor_folder.read(path, data)
-        return cls(tokenizer, image_processor, data.max_length, str(path), data.long_answers == "cut", data.box_width)
+        return cls(
+            tokenizer,
+            image_processor,
+            data.max_length,
+            str(path),
+            cuts_answers=data.long_answers == "cut",
+            box_width=data.box_width,
+            learns_all=data.learn == "all",
+            leaves_out=data.bad_samples == "skip",
+        )
 
     def encode(self, sample: Sample, *, blind: bool = False) -> Encoded:
-        """Prompt, answer and <|im_end|>; the answer and its end are labels.
+        """The whole conversation. Its answers, each with its <|im_end|>, are labels; with `data.learn: last` one is.
 
         Args:
             blind: blank the images to grey, keeping their sizes.
@@ -84,55 +103,46 @@ class Processor:
         Raises:
             DataError: empty answer, special tokens in a text, or more than max_length tokens.
         """
-        answer_text = sample.answer or ""
-        if not answer_text.strip():
-            raise DataError(f"sample {sample.sample_id}: its answer is empty: there is nothing to learn from it.")
-        _check_text(sample, "answer", answer_text)
-        prompt = self.encode_prompt(sample, blind=blind)
-        answer_ids = [*self.tokenizer.encode(answer_text, add_special_tokens=False), self.eos_id]
-        room = self.max_length - len(prompt.input_ids)
-        kept = answer_ids[:room] if self.cuts_answers and room > 0 else answer_ids
-        self._check_length(sample, len(prompt.input_ids) + len(kept))
-        answer = torch.tensor(kept, dtype=torch.int64)
-        return Encoded(
-            sample_id=sample.sample_id,
-            input_ids=torch.cat([prompt.input_ids, answer]),
-            labels=torch.cat([prompt.labels, answer]),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
-            cut_tokens=len(answer_ids) - len(kept),
-        )
+        if not sample.answer.strip():
+            raise DataError(f"{sample.where}: its answer is empty: there is nothing to learn from it.")
+        ids, labels = self._token_ids(sample)
+        images = self._images(sample, blind=blind)
+        return self._expanded(sample, ids, labels, images, cuts=self.cuts_answers)
+
+    def encode_or_leave_out(self, sample: Sample) -> Encoded:
+        """`encode`; with `data.bad_samples: skip` a sample that it refuses becomes one token without a label."""
+        try:
+            return self.encode(sample)
+        except DataError as error:
+            if not self.leaves_out:
+                raise
+            pixel_values, grid_n3 = self._encode_images(sample, [])
+            ids_1 = torch.tensor([self.eos_id])
+            labels_1 = torch.full_like(ids_1, IGNORED)
+            return Encoded(sample.sample_id, ids_1, labels_1, pixel_values, grid_n3, problem=str(error))
 
     def encode_prompt(self, sample: Sample, *, blind: bool = False) -> Encoded:
-        """Everything up to and with the assistant's header, all labels -100. Raises DataError as `encode`."""
-        _check_text(sample, "prompt", sample.prompt)
-        images = [load_image(sample, i, box_width=self.box_width) for i in range(len(sample.images))]
-        if blind:
-            images = [Image.new("RGB", image.size, GREY) for image in images]
-        pixel_values, grid_n3 = self._encode_images(sample, images)
-        tokens_n = grid_n3.prod(dim=1) // self.image_processor.merge_size**2
-        input_ids = self._expand_images(self._prompt_ids(sample), tokens_n.tolist())
-        self._check_length(sample, len(input_ids))
-        return Encoded(
-            sample_id=sample.sample_id,
-            input_ids=input_ids,
-            labels=torch.full_like(input_ids, IGNORED),
-            pixel_values=pixel_values,
-            image_grid_thw=grid_n3,
-        )
+        """Everything up to where the answer begins, all labels -100. Raises DataError as `encode`."""
+        ids, labels = self._token_ids(replace(sample, answer=""))
+        images = self._images(sample, blind=blind)
+        return self._expanded(sample, ids, [IGNORED] * len(labels), images)
 
     def count_text(self, sample: Sample) -> tuple[int, int]:
-        """Tokens of the prompt without its images, and of the answer and its end: what `encode` makes, without images.
+        """Tokens of the sample without its images: that are read only, and that are labels. What `encode` makes.
 
         Raises:
             DataError: empty answer, or special tokens in a text.
         """
         if not sample.answer.strip():
             raise DataError("its answer is empty: there is nothing to learn from it.")
-        for name, text in (("answer", sample.answer), ("prompt", sample.prompt)):
-            _check_text(sample, name, text)
-        answer_ids = self.tokenizer.encode(sample.answer, add_special_tokens=False)
-        return len(self._prompt_ids(sample)) - len(sample.images), len(answer_ids) + 1
+        ids, labels = self._token_ids(sample)
+        learned = sum(label != IGNORED for label in labels)
+        return len(ids) - learned - len(sample.images), learned
+
+    def collate(self, encoded: Sequence[Encoded], *, side: Literal["left", "right"] = "right") -> Batch:
+        """Samples padded to one length, see `collate.collate`."""
+        merge_size = int(self.image_processor.merge_size)
+        return collate(encoded, self.pad_id, self.image_token_id, merge_size=merge_size, side=side)
 
     def pixels(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches f32[P, C*T*p*p] of the images and their grids i64[n, 3]."""
@@ -146,38 +156,113 @@ class Processor:
 
     def identity(self) -> dict[str, str]:
         """sha256 of all that changes an encoding; a box's line; the length at which answers are cut, if they are."""
-        settings = {"box_width": str(self.box_width)}
+        settings = {"box_width": str(self.box_width), "learn": "all" if self.learns_all else "last"}
         if self.cuts_answers:
             settings["max_length"] = str(self.max_length)
         return settings | processor_identity.identity(self.tokenizer, self.image_processor)
 
-    def _prompt_ids(self, sample: Sample) -> list[int]:
-        """Token ids of the rendered chat, one placeholder per image."""
-        content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": sample.prompt}]
-        messages: list[Any] = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer.encode(str(text), add_special_tokens=False))
+    # -- text ----------------------------------------------------------------------------------------------------------
+
+    def _token_ids(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """(ids, labels) of the conversation, one placeholder an image; up to where the answer begins if it has none.
+
+        The text around the answers and each answer are tokenized apart, as they are when the model answers.
+        """
+        for turn in sample.turns:
+            _check_text(sample, "prompt", turn.text)
+        _check_text(sample, "answer", sample.answer)
+        ids, labels, answers = list[int](), list[int](), sample.answers
+        for number, (around, answer) in enumerate(zip(self._around_answers(sample), answers, strict=True)):
+            is_last = number == len(answers) - 1
+            before = self._tokens(around)
+            said = [*self._tokens(answer), self.eos_id] if answer or not is_last else []
+            ids += before + said
+            labels += [IGNORED] * len(before) + (said if is_last or self.learns_all else [IGNORED] * len(said))
+        return ids, labels
+
+    def _around_answers(self, sample: Sample) -> list[str]:
+        """The rendered chat before each answer: after the end of the one before, and up to this one's first word.
+
+        Marks stand for the answers while the template runs, so it decides about everything else: a system text of its
+        own, a closed <think> before the last answer and none before earlier ones.
+        """
+        turns, marks, messages = [*sample.turns, Turn(ASSISTANT, ())], list[str](), list[dict[str, Any]]()
+        for turn in turns:
+            content: Any = turn.text
+            if turn.role == ASSISTANT:
+                content = f"{_MARK[0]}{len(marks)}{_MARK[1]}"
+                marks.append(content)
+            elif turn.role == USER:
+                content = [{"type": "image"} if p is IMAGE else {"type": "text", "text": p} for p in turn.parts]
+            messages.append({"role": turn.role, "content": content})
+        try:
+            rest = str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        except TemplateError as error:
+            raise DataError(f"{sample.where}: the chat template refuses its turns: {error}") from error
+        around = []
+        for number, mark in enumerate(marks):
+            before, _, rest = rest.partition(mark)
+            around.append(before if number == 0 else before.removeprefix(MESSAGE_END))
+            if not rest.startswith(MESSAGE_END):
+                raise DataError(
+                    f"{sample.where}: the chat template of {self.origin} does not write answer {number + 1} "
+                    f"and {MESSAGE_END} after it."
+                )
+        return around
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def _images(self, sample: Sample, *, blind: bool) -> list[Image.Image]:
+        images = [load_image(sample, i, box_width=self.box_width) for i in range(len(sample.images))]
+        return [Image.new("RGB", image.size, GREY) for image in images] if blind else images
 
     def _encode_images(self, sample: Sample, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Patches f32[P, C*T*p*p] and grids i64[n, 3]."""
         if not images:
-            raise DataError(f"sample {sample.sample_id}: it has no image; this pipeline trains on images with text.")
+            processor = self.image_processor
+            values = 3 * processor.temporal_patch_size * processor.patch_size**2
+            return torch.zeros(0, values), torch.zeros(0, 3, dtype=torch.int64)
         try:
             return self.pixels(images)
         except ValueError as error:  # an aspect ratio beyond 200
-            raise DataError(f"sample {sample.sample_id}: {error}; image sizes {[i.size for i in images]}") from error
+            raise DataError(f"{sample.where}: {error}; image sizes {[i.size for i in images]}") from error
 
-    def _expand_images(self, ids: list[int], tokens_n: list[int]) -> Tensor:
-        """Repeat the i-th image placeholder tokens_n[i] times: i64[S]."""
-        ids_T = torch.tensor(ids, dtype=torch.int64)
+    def _expanded(
+        self, sample: Sample, ids: list[int], labels: list[int], images: list[Image.Image], *, cuts: bool = False
+    ) -> Encoded:
+        """With the i-th placeholder repeated as often as the i-th image has tokens.
+
+        Args:
+            cuts: leave out what is too long of the last answer.
+        """
+        pixel_values, grid_n3 = self._encode_images(sample, images)
+        tokens_n = grid_n3.prod(dim=1) // self.image_processor.merge_size**2
+        ids_T, labels_T = (torch.tensor(values, dtype=torch.int64) for values in (ids, labels))
         repeats_T = torch.ones_like(ids_T)
-        repeats_T[ids_T == self.image_token_id] = torch.tensor(tokens_n)
-        return ids_T.repeat_interleave(repeats_T)
+        repeats_T[ids_T == self.image_token_id] = tokens_n
+        input_ids, labels_S = (values.repeat_interleave(repeats_T) for values in (ids_T, labels_T))
+        too_long = max(0, len(input_ids) - self.max_length) if cuts else 0
+        if too_long and bool((labels_S[-too_long - 1 :] != IGNORED).all()):
+            input_ids, labels_S = input_ids[:-too_long], labels_S[:-too_long]
+        else:
+            too_long = 0
+        self._check_length(sample, len(input_ids))
+        return Encoded(
+            sample_id=sample.sample_id,
+            input_ids=input_ids,
+            labels=labels_S,
+            pixel_values=pixel_values,
+            image_grid_thw=grid_n3,
+            cut_tokens=too_long,
+        )
 
     def _check_length(self, sample: Sample, length: int) -> None:
         if length > self.max_length:
             raise DataError(
-                f"sample {sample.sample_id}: {length} tokens, data.max_length allows {self.max_length}. "
+                f"{sample.where}: {length} tokens, data.max_length allows {self.max_length}. "
                 "Raise data.max_length, lower data.max_pixels, drop the sample, or set data.long_answers to cut."
             )
 
@@ -186,6 +271,6 @@ def _check_text(sample: Sample, name: str, text: str) -> None:
     found = [token for token in SPECIAL_TOKENS if token in text]
     if found:
         raise DataError(
-            f"sample {sample.sample_id}: its {name} contains the special token(s) {', '.join(found)}, which "
+            f"{sample.where}: its {name} contains the special token(s) {', '.join(found)}, which "
             "would be read as structure. Remove them from the data."
         )

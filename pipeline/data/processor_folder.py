@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from pipeline.data.special_tokens import SPECIAL_TOKENS
+from pipeline.data.thinking import OPEN, close_thinking
 from pipeline.errors import UserError
 from pipeline.recipe import DataConfig
 
@@ -50,11 +51,12 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder. UserError when it cannot be read."""
+    """The tokenizer of a folder, its chat template as `close_thinking` leaves it. UserError when it cannot be read."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot read its tokenizer: {error}") from error
+    close_thinking(tokenizer, str(path))
     return tokenizer
 
 
@@ -72,12 +74,18 @@ def _size(data: DataConfig) -> dict[str, int]:
     return {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}
 
 
-def bounded(files: Mapping[str, bytes], data: DataConfig) -> dict[str, bytes]:
-    """A folder's small files, by name, with the run's bounds of images in place of those that came along.
+def as_used(files: Mapping[str, bytes], folder: Path, data: DataConfig) -> dict[str, bytes]:
+    """A folder's small files, by name, with what the run uses in place of what came along.
 
-    Whoever serves the model then scales images as training did: other bounds are other image tokens.
+    Its bounds of images: others are other image tokens. Its chat template where that opens a <think>: the model learnt
+    to answer behind a closed one. Whoever serves the model then asks it as training did.
+
+    Args:
+        folder: where tokenizer and image processor come from.
     """
     changed = dict(files)
+    if any(OPEN.encode() in content for content in files.values()) and has_tokenizer(folder):
+        changed["chat_template.jinja"] = str(read_tokenizer(folder).chat_template).encode()
     for name in (IMAGES, WHOLE):
         content = json.loads(files[name]) if name in files else {}
         settings = content.get("image_processor") if name == WHOLE else content

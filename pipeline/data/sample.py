@@ -1,4 +1,4 @@
-"""A sample: one question with its images and answer, its content hash, and its images decoded.
+"""A sample: a conversation about images and its last answer, its content hash, and its images decoded.
 
 Images are never decoded before their size is checked.
 """
@@ -17,34 +17,81 @@ from pipeline.errors import DataError
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Largest image that is decoded; a bound against decompression bombs."""
-TASKS = ("general", "region", "suggestion", "chat")
-SLICES = ("regular", "corner", "unknown")
+UNKNOWN = "unknown"
+"""Slice of a sample that names none."""
 
 Box = tuple[float, float, float, float]
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+IMAGE = None
+"""Part of a turn that is the sample's next image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says at a time."""
+
+    role: str
+    """SYSTEM, USER or ASSISTANT; only a user shows images."""
+    parts: tuple[str | None, ...]
+    """Texts, and IMAGE where an image stands between them."""
+
+    @property
+    def text(self) -> str:
+        """Its words without images."""
+        return "".join(part for part in self.parts if part is not None)
+
+
+def question(prompt: str, images: int = 1) -> tuple[Turn, ...]:
+    """The conversation that is one question, its images before the text."""
+    return (Turn(USER, (*[IMAGE] * images, prompt)),)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question with its image(s) and answer."""
+    """A conversation up to an answer, and this answer."""
 
     sample_id: str
     images: tuple[Path, ...]
-    prompt: str
+    """In the order of their places in `turns`, one each."""
+    turns: tuple[Turn, ...]
+    """All that comes before the answer; the last one is a user's."""
     answer: str
-    """Empty where a test split publishes none."""
+    """What the assistant says then. Empty where a test split publishes none."""
     task: str
-    """general, region, suggestion or chat."""
+    """Any name; rows of the result table."""
     slice: str
-    """regular, corner or unknown: for evaluation only."""
+    """Any name, as regular and corner: for evaluation only."""
     box: Box | None = None
     """x, y, w, h in pixels of the marked region."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """Where the sample came from, for messages only: `record`, and `field` or `id`."""
 
+    @property
+    def where(self) -> str:
+        """For messages: its record, the part or name of it, and its id."""
+        origin = ", ".join(filter(None, self.meta.values()))
+        return f"{origin} (sample {self.sample_id})" if origin else f"sample {self.sample_id}"
 
-def content_id(image_hashes: Sequence[str], prompt: str, answer: str, task: str, box: Box | None) -> str:
+    @property
+    def prompt(self) -> str:
+        """The words before the answer, to look at: turns joined by line breaks, images left out."""
+        return "\n".join(text for turn in self.turns if (text := turn.text.strip()))
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What the assistant says in the conversation, the answer last."""
+        return (*(turn.text for turn in self.turns if turn.role == ASSISTANT), self.answer)
+
+    @property
+    def characters(self) -> int:
+        """Of all texts: a measure of their length."""
+        return sum(len(turn.text) for turn in self.turns) + len(self.answer)
+
+
+def content_id(image_hashes: Sequence[str], turns: Sequence[Turn], answer: str, task: str, box: Box | None) -> str:
     """Hash of everything that a model sees or is asked to say: 32 hex digits."""
-    content = [*image_hashes, prompt, answer, task, list(box) if box else None]
+    spoken = [[turn.role, list(turn.parts)] for turn in turns]
+    content = [*image_hashes, spoken, answer, task, list(box) if box else None]
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
@@ -59,13 +106,14 @@ def hash_image(path: Path) -> str:
 def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
     """A reader's sample with its id. DataError when a text of it cannot be written as UTF-8."""
     texts = [("image", str(path)) for path in sample.images]
-    texts += [("prompt", sample.prompt), ("answer", sample.answer), ("task", sample.task), ("slice", sample.slice)]
+    texts += [("prompt", turn.text) for turn in sample.turns]
+    texts += [("answer", sample.answer), ("task", sample.task), ("slice", sample.slice)]
     for name, text in (*texts, *sample.meta.items()):
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
             raise DataError(f"{sample.meta['record']}: {name} is no valid Unicode: {error}") from None
-    sample_id = content_id(image_hashes, sample.prompt, sample.answer, sample.task, sample.box)
+    sample_id = content_id(image_hashes, sample.turns, sample.answer, sample.task, sample.box)
     return replace(sample, sample_id=sample_id)
 
 
@@ -87,7 +135,7 @@ def load_image(sample: Sample, index: int = 0, *, box_width: int = 2) -> Image.I
         raise DataError(f"{path}: at most {MAX_IMAGE_PIXELS} pixels are decoded: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         # Pillow's readers let SyntaxError, ValueError and struct.error through on damaged files.
-        raise DataError(f"{path}: cannot be read as an image: {error}. Sample {sample.sample_id} needs it.") from None
+        raise DataError(f"{path}: cannot be read as an image: {error}. {sample.where} needs it.") from None
     if image is None:
         raise DataError(f"{path}: {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_PIXELS} are decoded.")
     if sample.box is not None:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pipeline.errors import UserError
+
 T = TypeVar("T")
 Place = tuple[int, torch.dtype, tuple[int, ...]]
 """First byte in the block, dtype and shape of a tensor."""
@@ -100,6 +102,8 @@ def loaded(dataset: Dataset[T], workers: int, order: Iterable[int] | None = None
         order: places of the items wanted, asked for a few ahead; None: all.
     """
     pinned = torch.cuda.is_available()
+    if workers:
+        dataset = _Told(dataset)
     if not workers:
         yield from DataLoader(dataset, batch_size=None, sampler=order, pin_memory=pinned)
         return
@@ -109,9 +113,28 @@ def loaded(dataset: Dataset[T], workers: int, order: Iterable[int] | None = None
         with crew.held_back():
             parcels = iter(DataLoader(dataset, batch_size=None, sampler=order, pin_memory=pinned, **options))
         for parcel in parcels:
-            yield unpack(*parcel)
+            item = unpack(*parcel)
+            if isinstance(item, UserError):
+                raise item
+            yield item
     finally:
         crew.dismiss()
+
+
+class _Told(Dataset[Any]):
+    """A data set whose refusals travel as items: as an exception, a worker's would come with its whole traceback."""
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, place: int) -> Any:
+        try:
+            return self.dataset[place]
+        except UserError as error:
+            return type(error)(str(error))
 
 
 class _Crew:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from pipeline.data.collate import Batch, Encoded, collate
+from pipeline.data.collate import Batch, Encoded
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.models import experts
@@ -149,7 +149,7 @@ def answers(
     texts: dict[str, str] = {}
     stop_ids = (processor.eos_id, processor.pad_id)
     for encoded in _prompt_batches(processor, samples, batch_size, blind):
-        batch = collate(encoded, processor.pad_id, processor.image_token_id, side="left")
+        batch = processor.collate(encoded, side="left")
         rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids, in_step=in_step)
         texts |= {e.sample_id: processor.decode(row) for e, row in zip(encoded, rows, strict=True)}
         if cut is not None:

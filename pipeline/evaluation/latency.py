@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import Encoded, collate
+from pipeline.data.collate import Encoded
 from pipeline.data.processor import Processor
 from pipeline.evaluation.generate import GreedyDecoder, model_inputs
 
@@ -89,7 +89,7 @@ def measure(
     untimed answer per model goes first.
     """
     names, timings = list(models), {name: list[Timing]() for name in models}
-    batches = [collate([p], processor.pad_id, processor.image_token_id, side="left") for p in prompts]
+    batches = [processor.collate([p], side="left") for p in prompts]
     with _timing_threads(models.values()):
         for model in models.values():
             time_answer(model, model_inputs(batches[0], model.device), 2)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.evaluation.generate import model_inputs
@@ -36,7 +35,7 @@ def gold_cross_entropy(
     measured: dict[str, tuple[float, int]] = {}
     for start in range(0, len(samples), batch_size):
         encoded = [processor.encode(sample) for sample in samples[start : start + batch_size]]
-        batch = collate(encoded, processor.pad_id, processor.image_token_id)
+        batch = processor.collate(encoded)
         logits_BSV = model(**model_inputs(batch, model.device), use_cache=False).logits[:, :-1]
         labels_BS = batch["labels"][:, 1:].to(logits_BSV.device)  # row t predicts token t + 1
         ce_BS = cross_entropy_per_token(logits_BSV.flatten(0, 1), labels_BS.flatten()).view_as(labels_BS)

@@ -83,7 +83,7 @@ def template_files(
     if processor_dir is not None:
         own = {name: content for name, content in files.items() if name not in loading.PROCESSOR_FILES}
         files = own | {n: content for n, content in _text_files(processor_dir).items() if n in loading.PROCESSOR_FILES}
-    return files if data is None else processor_folder.bounded(files, data)
+    return files if data is None else processor_folder.as_used(files, processor_dir or model_dir, data)
 
 
 def _text_files(folder: Path) -> dict[str, bytes]:

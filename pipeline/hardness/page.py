@@ -92,22 +92,27 @@ def render(title: str, summary: str, groups: Sequence[Group], *, has_cells: bool
 def pieces(
     sample: Sample, processor: Processor, hardness_T: Sequence[float], notes_T: Sequence[str], tail_share: float
 ) -> tuple[Piece, ...]:
-    """The answer cut where its tokens are, each with its hardness; the last one is the end of the answer.
+    """The answers cut where their tokens are, each with its hardness; the last token of an answer is its end.
 
     Args:
-        hardness_T, notes_T: of each answer token.
+        hardness_T, notes_T: of each token that is learnt.
         tail_share: share of the tokens that is marked, the hardest.
     """
-    encoded = processor.tokenizer(sample.answer, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [*(end for _, end in encoded["offset_mapping"]), len(sample.answer) + 1][: len(hardness_T)]
+    said, ends = "", list[int]()
+    for answer in sample.answers if processor.learns_all else [sample.answer]:
+        encoded = processor.tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
+        ends += [len(said) + end for end in (*(end for _, end in encoded["offset_mapping"]), len(answer) + 1)]
+        said += answer + END_MARK
+    ends = ends[: len(hardness_T)]  # `data.long_answers: cut`
     order = sorted(range(len(ends)), key=lambda t: -hardness_T[t])
     marked = set(order[: max(1, round(tail_share * len(ends)))])
     made, shown = [], 0
     for end, tokens in groupby(range(len(ends)), key=ends.__getitem__):  # bytes of one character end together
         members = list(tokens)
         worst = max(members, key=lambda t: hardness_T[t])
-        text = END_MARK if end > len(sample.answer) else sample.answer[shown:end]
-        made.append(Piece(text, hardness_T[worst], worst in marked and hardness_T[worst] > 0, notes_T[worst]))
+        made.append(
+            Piece(said[shown:end], hardness_T[worst], worst in marked and hardness_T[worst] > 0, notes_T[worst])
+        )
         shown = end
     return tuple(made)
 

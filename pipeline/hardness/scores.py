@@ -193,7 +193,7 @@ class Scorer:
 
     def _batches(self, samples: Sequence[Sample], *, with_features: bool) -> Iterator[MicroBatch]:
         """Micro-batches of every sample once, with alpha 1 for all: the teacher's targets are read for each."""
-        order = sorted(range(len(samples)), key=lambda i: len(samples[i].prompt) + len(samples[i].answer))
+        order = sorted(range(len(samples)), key=lambda i: samples[i].characters)
         requests = []
         for start in range(0, len(order), self.batch_size):
             index_B = np.array(order[start : start + self.batch_size])
@@ -249,7 +249,8 @@ class Scorer:
         cells: Sequence[Tensor | None] = [None] * len(counts)
         if distance_J is not None and micro.features is not None:
             places = micro.features.places
-            cells = torch.split(distance_J, [*places.cells, *places.tokens])[: len(counts)]
+            parts = iter(torch.split(distance_J, [*places.cells, *places.tokens]))
+            cells = [None if i in micro.left_out else next(parts) for i in micro.sample_ids]
         for score, (h_T, chased_T, ce_T, teacher_T), distance_C in zip(score_B.tolist(), columns, cells, strict=True):
             yield Visit(score, h_T, chased_T, ce_T, teacher_T, distance_C)
 

@@ -12,7 +12,7 @@ class DataConfig(Section):
     """The data set that is read, and how its samples become model inputs."""
 
     format: Literal["coda_lm", "chat"] = "coda_lm"
-    """Layout on disk: CODA-LM's published folders, or chat JSONL files named `<split>.jsonl`."""
+    """Layout on disk: CODA-LM's published folders, or conversations in `<split>.jsonl`, `.json` or `.parquet`."""
     root: Path | None = None
     """Data root; images outside it are refused, links inside it are followed. Required, unless `benchmark` draws its
     scenes into `<run.dir>/data`."""
@@ -41,8 +41,10 @@ class DataConfig(Section):
     max_length: Positive = 4096
     """Longest sequence in tokens, image tokens included; as in Qwen's own fine-tuning script. It has room for three
     images of `max_pixels` and their text."""
+    learn: Literal["all", "last"] = "all"
+    """Learn from every answer of a conversation, or from the last one alone. Part of a store's identity."""
     long_answers: Literal["refuse", "cut"] = "refuse"
-    """Name a longer sample and end, or cut its answer; the teacher pass counts the tokens cut."""
+    """Name a longer sample and end, or cut its last answer; the teacher pass counts the tokens cut."""
     workers: Count = 4
     """DataLoader workers per rank, as in LLaMA-Factory's and ms-swift's examples; 0 reads in the rank itself."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Dataset
 
-from pipeline.data.collate import Batch, collate
+from pipeline.data.collate import Batch
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.data.shipping import loaded
@@ -34,10 +34,10 @@ class EncodedWindows(Dataset[tuple[int, list[Batch]]]):
 
     def __getitem__(self, index: int) -> tuple[int, list[Batch]]:
         window, processor = self.windows[index], self.processor
-        encoded = [processor.encode(sample) for sample in window.samples]
+        encoded = [processor.encode_or_leave_out(sample) for sample in window.samples]
         encoded.sort(key=lambda e: len(e.input_ids))  # stable: the batches are the same in every run
         chunks = [encoded[i : i + self.batch_size] for i in range(0, len(encoded), self.batch_size)]
-        return window.shard, [collate(chunk, processor.pad_id, processor.image_token_id) for chunk in chunks]
+        return window.shard, [processor.collate(chunk) for chunk in chunks]
 
 
 def encoded_windows(

@@ -34,12 +34,15 @@ class Outputs:
     sketches: dict[str, Sketch] = field(default_factory=dict)
     cut_tokens: int = 0
     """Answer tokens that were left out to fit `data.max_length`."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Samples that could not be encoded, and why: they have targets of no token."""
 
     def add(self, other: "Outputs") -> None:
         """Take in what another forward gave, for other samples."""
         self.targets.update(other.targets)
         self.sketches.update(other.sketches)
         self.cut_tokens += other.cut_tokens
+        self.left_out.update(other.left_out)
 
 
 @torch.no_grad()
@@ -78,7 +81,8 @@ def batch_outputs(model: PreTrainedModel, batch: Batch, settings: TargetsConfig,
         targets = _head_targets(model, rows_ND, gold_N, offsets_N, settings, vocab_size)
     except StoreError as error:
         raise StoreError(f"{error} (samples {ids}). The shard was not written.") from None
-    outputs = Outputs({i: targets.rows(span) for i, span in zip(ids, spans, strict=True)}, {}, batch["cut_tokens"])
+    by_id = {i: targets.rows(span) for i, span in zip(ids, spans, strict=True)}
+    outputs = Outputs(by_id, {}, batch["cut_tokens"], batch["left_out"])
     if states is not None and settings.sketches is not None:
         samples = sample_N, position_N
         outputs.sketches = _sketches(states.hidden_BSD, batch, samples, settings.sketches, _merge_size(model))

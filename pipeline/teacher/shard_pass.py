@@ -40,6 +40,8 @@ class ShardPass:
         """Of the soft targets written here."""
         self.cut_tokens = 0
         """Answer tokens left out because of `data.long_answers: cut`."""
+        self.left_out: dict[str, str] = {}
+        """Samples that could not be encoded, and why; `data.bad_samples: skip`."""
         self._leases = ShardLeases(writer.folder)
         self._pool = ThreadPoolExecutor(1)
         self._writing: Future[Commit] | None = None
@@ -64,6 +66,7 @@ class ShardPass:
                     outputs = batch_outputs(self.model, batch, settings, self.processor.vocab_size)
                     done.add(outputs)
                     self.cut_tokens += outputs.cut_tokens
+                    self.left_out |= outputs.left_out
                     self._bar.update(len(outputs.targets))
                 if len(done.targets) == len(self.todo[shard]):
                     self._finish_writing()

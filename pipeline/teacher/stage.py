@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from pipeline.data.problems import LEFT_OUT, append_left_out
 from pipeline.data.processor import Processor
 from pipeline.data.splits import open_training_split
 from pipeline.errors import ConfigError
@@ -45,6 +46,8 @@ class PassSummary:
     cut_tokens: int
     """Answer tokens left out because of `data.long_answers: cut`."""
     seconds: float
+    left_out: int = 0
+    """Samples that could not be encoded, left out because of `data.bad_samples: skip`."""
 
     def __str__(self) -> str:
         others = f", {self.elsewhere} left to other workers" if self.elsewhere else ""
@@ -55,6 +58,7 @@ class PassSummary:
             f"{self.samples} samples, {self.tokens} answer tokens in {self.seconds:.1f} s "
             f"({self.tokens / self.seconds:.0f} tokens/s), {self.bytes / max(self.tokens, 1):.1f} bytes/token"
             + (f"; {self.cut_tokens} answer tokens CUT to fit data.max_length" if self.cut_tokens else "")
+            + (f"; {self.left_out} bad sample(s) LEFT OUT, see {LEFT_OUT} of the run" if self.left_out else "")
         )
 
 
@@ -82,6 +86,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
         return PassSummary(0, skipped, 0, 0, 0, 0, 0, 0.0)
     done = ShardPass(recipe, writer, _load_teacher(recipe, processor), processor, todo)
     done.run()
+    append_left_out(recipe.run.dir / LEFT_OUT, done.left_out, {"stage": "teacher"})
     return PassSummary(
         shards=len(done.commits),
         skipped=skipped,
@@ -91,6 +96,7 @@ def run_pass(recipe: Recipe, worker: int = 0, workers: int = 1) -> PassSummary:
         bytes=sum(commit.bytes for commit in done.commits),
         cut_tokens=done.cut_tokens,
         seconds=done.seconds,
+        left_out=len(done.left_out),
     )
 
 

@@ -4,7 +4,7 @@ Shapes: B samples, S sequence, N answer tokens of the micro-batch (all samples, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pipeline.benchmark.word_alignment import CellWords
-from pipeline.data.collate import Encoded, collate
+from pipeline.data.collate import Encoded
 from pipeline.data.index.samples import sizes
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
@@ -64,6 +64,8 @@ class MicroBatch:
     """Samples whose soft targets were read from the store."""
     features: FeatureTargets | None = None
     """None: a job without features. Without rows once all samples' features are released."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Samples that could not be encoded, and why: they have no answer token here."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "MicroBatch":
         """Move to a device, without waiting where the memory is pinned; pixel values become the model's dtype."""
@@ -84,6 +86,7 @@ class MicroBatch:
             targets=None if self.targets is None else self.targets.each(change),
             cells_CV=None if self.cells_CV is None else change(self.cells_CV),
             targets_read=self.targets_read,
+            left_out=self.left_out,
             features=None if self.features is None else self.features.each(change),
             **changed,
         )
@@ -122,8 +125,9 @@ class MicroBatches(Dataset[MicroBatch]):
 
     def __getitem__(self, position: int) -> MicroBatch:
         request = self.requests[position]
-        encoded = [self.processor.encode(self.samples[i]) for i in request.index_B]
-        batch = collate(encoded, self.processor.pad_id, self.processor.image_token_id)
+        encoded = [self.processor.encode_or_leave_out(self.samples[i]) for i in request.index_B]
+        request = without_left_out(request, encoded)
+        batch = self.processor.collate(encoded)
         cells_CV = None
         if self.cells is not None:
             pairs = zip(request.index_B, encoded, strict=True)
@@ -148,7 +152,8 @@ def assemble(
     next_BS = torch.full_like(labels_BS, -100)
     next_BS[:, :-1] = labels_BS[:, 1:]
     used_S = (next_BS != -100).any(0).nonzero().flatten()
-    keep = torch.arange(int(used_S[0]), int(used_S[-1]) + 1)
+    first, last = (int(used_S[0]), int(used_S[-1])) if len(used_S) else (0, 0)  # all were left out
+    keep = torch.arange(first, last + 1)
     rows_BW = next_BS[:, keep] != -100
     sample_N = rows_BW.nonzero()[:, 0]
     alpha_B = torch.from_numpy(request.alpha_B)
@@ -166,7 +171,17 @@ def assemble(
         targets=targets,
         cells_CV=cells_CV,
         targets_read=targets_read,
+        left_out=batch["left_out"],
     )
+
+
+def without_left_out(request: Request, encoded: Sequence[Encoded]) -> Request:
+    """The request with no share of the teacher for samples that could not be encoded: nothing is read for them."""
+    good_B = np.array([e.problem is None for e in encoded])
+    if good_B.all():
+        return request
+    features_B = None if request.feature_alpha_B is None else request.feature_alpha_B * good_B
+    return Request(request.index_B, request.alpha_B * good_B, features_B)
 
 
 def _join_targets(
@@ -207,7 +222,8 @@ def with_features(
     sample_N, kept_N = micro.rows_BW.nonzero(as_tuple=True)
     types_BS, grids_thw = micro.inputs["mm_token_type_ids"], micro.inputs["image_grid_thw"]
     places = find_places(types_BS, grids_thw, merge_size, sample_N, micro.keep[kept_N], wanted)
-    count = CELLS**2 * len(grids_thw) + len(micro.labels_N)
+    images = len(grids_thw) if bool(types_BS.any()) else 0  # a batch without any has a stand-in, see `collate`
+    count = CELLS**2 * images + len(micro.labels_N)
     return replace(micro, features=join_sketches(store, micro.sample_ids, alpha_B, places, count))
 
 

@@ -44,22 +44,22 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def only_one(job_dir: Path, rank: int) -> Iterator[None]:
-    """Hold the job's lock on rank 0 while the context is open; wait a minute for a run that is just ending.
+def only_one(job_dir: Path) -> Iterator[None]:
+    """Hold the job's lock on rank 0 while the context is open; wait a minute for a run that is just ending. Collective.
 
     Raises:
-        UserError: another run of this job goes on; names its process.
+        UserError: another run of this job goes on; names its process. On every rank: one that only lost contact with
+            the first would end before it, and its status would count.
     """
-    if rank:
-        yield
-        return
 
     def refusal(holder: str) -> str:
         return (
             f"{job_dir}: another run of this job is going on ({holder}). Wait for it or stop it. Nothing was changed."
         )
 
-    with locked(job_dir / "lock", _patience_s, refusal, _slurm_job()):
+    with contextlib.ExitStack() as held:
+        lock = locked(job_dir / "lock", _patience_s, refusal, _slurm_job())
+        from_first_rank(lambda: held.enter_context(lock))
         yield
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 
 import torch
-import torch.distributed as dist
 
 from pipeline.export import stage as export
 from pipeline.models import checkpoint_folder
@@ -46,5 +45,5 @@ def main(recipe: Recipe, options: argparse.Namespace) -> int:
     with leaving_in_order():
         start_distributed()
     torch.manual_seed(recipe.run.seed)
-    with leaving_in_order(), only_one(recipe.job_dir(name), dist.get_rank()), contact():
+    with leaving_in_order(), contact(), only_one(recipe.job_dir(name)):
         return train(set_up(recipe, name, job, ds_json), stop, change_settings=options.change_settings)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from pipeline.benchmark.tokenizer import save_image_processor, train_tokenizer
 from pipeline.data.processor import Processor
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, question
 from pipeline.recipe import DataConfig
 
 DATA: dict[str, object] = {"min_pixels": 1024, "max_pixels": 320 * 192, "max_length": 512, "workers": 0}
@@ -34,10 +34,11 @@ def save_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
     return path
 
 
-def make_sample(images: tuple[Path, ...], **changes: object) -> Sample:
+def make_sample(images: tuple[Path, ...], *, prompt: str = PROMPTS[0], **changes: object) -> Sample:
+    """A question about the images, which come first."""
     values: dict[str, object] = {
         "sample_id": "s0",
-        "prompt": PROMPTS[0],
+        "turns": question(prompt, len(images)),
         "answer": "There is a red car on the left; keep 12 m of distance.\nIt's moving slowly (25 km/h).",
         "task": "general_perception",
         "slice": "regular",

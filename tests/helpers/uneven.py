@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, question
 from tests.helpers import tiny, tiny_data
 
 LENGTHS = (29, 7, 18, 12, 9, 23, 5, 14)
@@ -64,7 +64,10 @@ def prompt(index: int) -> dict[str, Tensor]:
 def questions(image: Path, count: int) -> list[Sample]:
     """Samples whose questions differ in length."""
     samples = tiny_data.corpus(image)[:count]
-    return [replace(sample, prompt=sample.prompt + " Look again." * i) for i, sample in enumerate(samples)]
+    return [
+        replace(sample, turns=question(sample.prompt + " Look again." * i, len(sample.images)))
+        for i, sample in enumerate(samples)
+    ]
 
 
 def hugging_face(made: Any, inputs: dict[str, Tensor], **options: Any) -> list[int]:

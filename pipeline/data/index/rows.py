@@ -3,17 +3,19 @@
 A new field of `Sample` is a column in COLUMNS, a value in `row_of` and an argument in `sample_of`.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, Turn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Of the files of an index; one of another version is made again."""
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 """Text that often comes again, as a question: each batch of rows keeps one copy."""
@@ -22,7 +24,7 @@ _WORD = pa.dictionary(pa.int16(), pa.string())
 COLUMNS: Mapping[str, pa.DataType] = {
     "sample_id": pa.binary(16),
     "images": pa.list_(pa.int32()),  # rows of the table of images
-    "prompt": _TEXT,
+    "turns": _TEXT,  # JSON: [role, [part, ...]] each, null for an image
     "answer": pa.string(),
     "task": _WORD,
     "slice": _WORD,
@@ -31,13 +33,13 @@ COLUMNS: Mapping[str, pa.DataType] = {
     "line": pa.int32(),  # of the record; 0 where a file is one record
     "meta_names": _WORD,  # of the rest of `meta`, joined by commas
     "meta": pa.list_(pa.string()),
-    "characters": pa.int32(),  # of prompt and answer
+    "characters": pa.int32(),  # of all turns and the answer
     "answered": pa.bool_(),
 }
 SCHEMA = pa.schema(dict(COLUMNS))
 PLAIN = pa.schema({name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in COLUMNS.items()})
 """The same without dictionaries: what rows are before they are in order."""
-CONTENT = ("sample_id", "images", "prompt", "answer", "task", "slice", "box")
+CONTENT = ("sample_id", "images", "turns", "answer", "task", "slice", "box")
 """Columns that a sample is made from."""
 ORIGIN = ("file", "line", "meta_names", "meta")
 """Columns of its `meta`."""
@@ -59,7 +61,7 @@ def row_of(sample: Sample, image_numbers: Sequence[int], place: Place) -> tuple[
     return (
         bytes.fromhex(sample.sample_id),
         image_numbers,
-        sample.prompt,
+        _turns_text(sample.turns),
         sample.answer,
         sample.task,
         sample.slice,
@@ -68,9 +70,18 @@ def row_of(sample: Sample, image_numbers: Sequence[int], place: Place) -> tuple[
         int(line),
         ",".join(rest),
         list(rest.values()),
-        len(sample.prompt) + len(sample.answer),
+        sample.characters,
         bool(sample.answer.strip()),
     )
+
+
+def _turns_text(turns: Iterable[Turn]) -> str:
+    return json.dumps([[turn.role, turn.parts] for turn in turns], ensure_ascii=False, separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)
+def _turns(text: str) -> tuple[Turn, ...]:
+    return tuple(Turn(role, tuple(parts)) for role, parts in json.loads(text))
 
 
 class Meta(Mapping[str, str]):
@@ -109,7 +120,7 @@ def sample_of(row: Mapping[str, Any], images: Iterable[str], meta: Meta, place: 
     return Sample(
         sample_id=row["sample_id"].hex(),
         images=tuple(Path(os.path.join(place.real, path)) for path in images),
-        prompt=row["prompt"],
+        turns=_turns(row["turns"]),
         answer=row["answer"],
         task=row["task"],
         slice=row["slice"],

@@ -149,7 +149,7 @@ class Index(Sequence[Sample]):
             yield from (known[code] for code in codes[rows])
 
     def sizes(self, places: Positions) -> tuple[Positions, Positions]:
-        """(images, characters of prompt and answer) of the samples at these places."""
+        """(images, characters of all texts) of the samples at these places."""
         rows = places if self._rows is None else self._rows[places]
         number = self._samples.batch_of(rows)
         images, characters = np.empty(len(rows), np.int64), np.empty(len(rows), np.int64)
@@ -250,11 +250,11 @@ def words(samples: Sequence[Sample], name: Literal["task", "slice"]) -> Iterable
 
 
 def sizes(samples: Sequence[Sample], places: Positions) -> tuple[Positions, Positions]:
-    """(images, characters of prompt and answer) of the samples at these places."""
+    """(images, characters of all texts) of the samples at these places."""
     if isinstance(samples, Index):
         return samples.sizes(places)
     chosen = [samples[i] for i in places]
-    characters = np.array([len(sample.prompt) + len(sample.answer) for sample in chosen], np.int64)
+    characters = np.array([sample.characters for sample in chosen], np.int64)
     return np.array([len(sample.images) for sample in chosen], np.int64), characters
 
 

@@ -31,7 +31,7 @@ class Reader:
 
 READERS: dict[str, Reader] = {
     "coda_lm": Reader(coda_lm_files, read_coda_lm, coda_lm_splits, "CODA-LM/<split>/*.json beside <folder>/images/"),
-    "chat": Reader(chat_files, read_chat, chat_splits, "<split>.jsonl with a conversation a line"),
+    "chat": Reader(chat_files, read_chat, chat_splits, "<split>.jsonl, .json or .parquet with a conversation a record"),
 }
 """By `data.format`."""
 

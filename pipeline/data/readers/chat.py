@@ -1,107 +1,85 @@
-"""Chat JSONL: a conversation about one or several images on each line."""
+"""Conversations about images, or about none: `<split>.jsonl`, `.json` or `.parquet`, a record each."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.readers.source import Source, SplitMissingError, parse_object
-from pipeline.data.sample import SLICES, TASKS, Sample
+from pipeline.data.readers.conversation import read_conversation
+from pipeline.data.readers.records import ARRAY, LINES, PARQUET, SUFFIXES, is_array, records
+from pipeline.data.readers.source import Source, SplitMissingError
+from pipeline.data.sample import UNKNOWN, Sample
 from pipeline.errors import DataError
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_IDS = ("id", "question_id", "sample_id", "uid")
+_LONGEST_NAME = 100
 
 
 def chat_files(root: Path, split: str) -> list[Path]:
-    """`<root>/<split>.jsonl`. SplitMissingError without it."""
-    path = root / f"{split}.jsonl"
-    if not path.is_file():
-        raise SplitMissingError(f"{path}: no such file. Correct data.root or the split's name.")
-    return [path]
+    """The split's file, or its parts `<split>-00000-of-00002.parquet`.
+
+    Raises:
+        SplitMissingError: none.
+        DataError: files of several kinds, of which any could be meant.
+    """
+    found = [[path] for suffix in SUFFIXES if (path := root / f"{split}{suffix}").is_file()]
+    parts = sorted(root.glob(f"{split}-*-of-*{PARQUET}"))
+    found += [parts] if parts else []
+    if not found:
+        names = ", ".join(f"{split}{suffix}" for suffix in SUFFIXES)
+        raise SplitMissingError(f"{root}: has none of {names}. Correct data.root or the split's name.")
+    if len(found) > 1:
+        names = ", ".join(files[0].name for files in found)
+        raise DataError(f"{root}: {names} could all be split {split!r}. Move away those that are not meant.")
+    return found[0]
 
 
 def chat_splits(root: Path) -> list[str]:
-    """Every `<split>.jsonl` of the root."""
-    return sorted(path.stem for path in root.glob("*.jsonl") if path.is_file())
+    """Every split of the root. A `.json` file is one if it holds an array."""
+    whole = {path.stem for suffix in (LINES, PARQUET) for path in root.glob(f"*{suffix}") if "-of-" not in path.stem}
+    arrays = {path.stem for path in root.glob(f"*{ARRAY}") if path.is_file() and is_array(path)}
+    parts = {path.stem.rsplit("-", 3)[0] for path in root.glob(f"*-*-of-*{PARQUET}")}
+    return sorted(whole | arrays | parts)
 
 
 def read_chat(source: Source) -> Iterator[Sample]:
-    """Chat JSONL: `{id, image|images, conversations|messages}` a line makes one sample.
-
-    The last turn, the assistant's, is the answer; all earlier turns, joined by line breaks, are the prompt.
-    """
+    """A sample of each record: its last turn, the assistant's, is the answer."""
     for path in source.files:
-        for where, line in source.lines(path):
-            with source.problems.at(where):
-                yield from _samples(source, where, parse_object(line, where))
+        for where, record in records(source, path):
+            yield from _samples(source, where, record)
 
 
 def _samples(source: Source, where: str, record: Mapping[str, Any]) -> Iterator[Sample]:
     """The record's sample; none, and a problem for each part that is broken."""
     before, at = len(source.problems), source.problems.at
+    spoken = images = None
     with at(where, "conversations"):
-        prompt, answer = _conversation(record, where)
-    with at(where, "image"):
-        images = tuple(source.image(name, where) for name in _image_names(record, where))
+        spoken = _said_where(where, record)
+    if spoken is not None:
+        with at(where, "image"):
+            images = tuple(source.image(name, where) for name in spoken.images)
     with at(where, "task"):
-        task = _one_of(record, "task", TASKS, "chat", where)
+        task = _name(record, "task", "chat", where)
     with at(where, "slice"):
-        slice_name = _one_of(record, "slice", SLICES, "unknown", where)
-    if len(source.problems) == before:
-        meta = {"record": where, "id": str(record.get("id", ""))}
-        yield Sample("", images, prompt, answer, task, slice_name, None, meta)
+        slice_name = _name(record, "slice", UNKNOWN, where)
+    if spoken is not None and images is not None and len(source.problems) == before:
+        own = next((str(record[key]) for key in _IDS if record.get(key) is not None), "")
+        meta = {"record": where, "id": own}
+        yield Sample("", images, spoken.turns, spoken.answer, task, slice_name, None, meta)
 
 
-def _conversation(record: Mapping[str, Any], where: str) -> tuple[str, str]:
-    turns = record.get("conversations") or record.get("messages")
-    if not isinstance(turns, list) or not turns:
-        raise DataError(f"{where}: needs `conversations` or `messages`, a list of turns")
-    return _exchange([_turn(turn, where) for turn in turns], where)
+def _said_where(where: str, record: Mapping[str, Any]) -> Any:
+    try:
+        return read_conversation(record)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
-def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
-    listed = record.get("images") or record.get("image")
-    names = [listed] if isinstance(listed, str) else listed
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-        raise DataError(f"{where}: needs `image` (a path) or `images` (a list of paths), got {listed!r}")
-    return names
-
-
-def _exchange(spoken: Sequence[tuple[str, str]], where: str) -> tuple[str, str]:
-    """(prompt, answer) of a conversation's (role, text) turns."""
-    *earlier, (role, answer) = spoken
-    if role != "assistant":
-        raise DataError(f"{where}: the last turn must be the assistant's answer, it is the {role}'s")
-    if not any(role == "user" and text for role, text in earlier):
-        raise DataError(f"{where}: needs a user's turn with text before the assistant's answer")
-    return "\n".join(text for _, text in earlier if text), answer
-
-
-def _one_of(record: Mapping[str, Any], key: str, known: tuple[str, ...], default: str, where: str) -> str:
-    value = record.get(key, default)
-    if value not in known:
-        raise DataError(f"{where}: {key} must be one of {known}, got {value!r}")
-    return str(value)
-
-
-def _turn(turn: Any, where: str) -> tuple[str, str]:
-    """(role, text) of one turn, image placeholders removed."""
-    if not isinstance(turn, dict):
-        raise DataError(f"{where}: a turn is an object, got {turn!r}")
-    role = _ROLES.get(str(turn.get("from", turn.get("role"))))
-    content = turn.get("value", turn.get("content"))
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    if role is None or not isinstance(content, str):
-        raise DataError(f"{where}: a turn needs from/role (user, assistant, system) and value/content, got {turn!r}")
-    return role, content.replace("<image>", "").strip()
-
-
-def _part(part: Any, where: str) -> str:
-    """Text of one content part; empty for an image, which the record's `images` names."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
-        return ""
-    raise DataError(f"{where}: a content part must be text or an image, got {part!r}")
+def _name(record: Mapping[str, Any], key: str, default: str, where: str) -> str:
+    """A task's or slice's name: any short text or whole number."""
+    value = record.get(key)
+    if value is None:
+        return default
+    name = str(value).strip() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise DataError(f"{where}: {key} must be a name of up to {_LONGEST_NAME} characters, got {value!r}")
+    return name

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.readers.source import Source, SplitMissingError, parse_object
-from pipeline.data.sample import SLICES, Box, Sample
+from pipeline.data.sample import UNKNOWN, Box, Sample, question
 from pipeline.errors import DataError
 
 PROMPTS = {
@@ -48,7 +48,7 @@ def read_coda_lm(source: Source) -> Iterator[Sample]:
     has_slices = source.files[-1:] == [slice_file]
     slices = _read_slices(source, slice_file) if has_slices else {}
     for path in source.files[: len(source.files) - has_slices]:
-        yield from _samples(source, path, slices.get(path.stem, "unknown"))
+        yield from _samples(source, path, slices.get(path.stem, UNKNOWN))
 
 
 def _split_folder(parent: Path, split: str) -> Path:
@@ -69,8 +69,8 @@ def _read_slices(source: Source, path: Path) -> dict[str, str]:
     """Slice of each record by json stem."""
     slices = parse_object(source.text(path), str(path))
     for stem, name in slices.items():
-        if name not in SLICES:
-            raise DataError(f"{path}: {stem}: slice must be one of {SLICES}, got {name!r}")
+        if not isinstance(name, str) or not name:
+            raise DataError(f"{path}: {stem}: slice must be a name, got {name!r}")
     return slices
 
 
@@ -89,7 +89,7 @@ def _samples(source: Source, path: Path, slice_name: str) -> Iterator[Sample]:
             box = _box(section.get("box"), path, field) if task == "region" else None
             if image is not None:
                 meta = {"record": str(path), "field": field}
-                yield Sample("", (image,), prompt, answer, task, slice_name, box, meta)
+                yield Sample("", (image,), question(prompt), answer, task, slice_name, box, meta)
 
 
 def _sections(source: Source, path: Path, record: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:

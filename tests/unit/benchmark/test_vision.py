@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from pipeline.benchmark.word_alignment import OBJECT_WEIGHT, CellWords, cell_loss
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, question
 from pipeline.errors import DataError
 from tests.helpers.tiny_data import make_processor
 
@@ -21,7 +21,7 @@ def make_sample(folder, box=None, **record):
     content = {"objects": [FAR_BUS, NEAR_CAR], "weather": "fog", "size": SIZE}
     path.write_text(json.dumps(content | record))
     Image.new("RGB", SIZE).save(folder / "0001.jpg")
-    return Sample("0", (folder / "0001.jpg",), "?", "!", "region", "unknown", box, {"record": str(path)})
+    return Sample("0", (folder / "0001.jpg",), question("?"), "!", "region", "unknown", box, {"record": str(path)})
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_record_without_objects_is_refused_with_the_setting_to_change(words, t
     del record["objects"]
     other = tmp_path / "val_0001.json"
     other.write_text(json.dumps(record))
-    broken = Sample("1", sample.images, "?", "!", "general", "unknown", None, {"record": str(other)})
+    broken = Sample("1", sample.images, question("?"), "!", "general", "unknown", None, {"record": str(other)})
     with pytest.raises(DataError, match=r"no `objects`.*word_alignment"):
         words.targets(broken, GRID)
 

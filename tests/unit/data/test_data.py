@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pipeline.data.readers import READERS, read_samples
 from pipeline.data.readers.coda_lm import PROMPTS
-from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image, turned_size
+from pipeline.data.sample import MAX_IMAGE_PIXELS, Sample, load_image, question, turned_size
 from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
@@ -64,7 +66,7 @@ def region(**changes):
 
 
 def sample_of(path, box=None):
-    return Sample("s0", (path,), "?", "", "region" if box else "chat", "unknown", box)
+    return Sample("s0", (path,), question("?"), "", "region" if box else "chat", "unknown", box)
 
 
 def png(width, height, pixels=b""):
@@ -214,7 +216,7 @@ def test_a_record_that_is_not_utf8_is_refused_by_name(root):
         read_samples("coda_lm", root, "Train")
 
 
-@pytest.mark.parametrize("slices", ["{bad", "[1]", '{"val_0001": "rare"}', '{"val_0001": ["corner"]}'])
+@pytest.mark.parametrize("slices", ["{bad", "[1]", '{"val_0001": ""}', '{"val_0001": ["corner"]}'])
 def test_a_broken_slice_file_is_refused(root, slices):
     save_record(root, RECORD)
     (root / "slices.json").write_text(slices)
@@ -239,7 +241,7 @@ def test_the_sample_id_is_blake2b_of_image_prompt_answer_task_and_box(root):
     """Written out on its own: stores on disk are keyed by it, so a change of the formula must be noticed."""
     save_record(root, region(question="What?"))
     image = hashlib.blake2b((root / "val/images/0001.jpg").read_bytes(), digest_size=16).hexdigest()
-    content = f'["{image}", "What?", "A truck.", "region", [10.0, 12.0, 20.0, 16.0]]'
+    content = f'["{image}", [["user", [null, "What?"]]], "A truck.", "region", [10.0, 12.0, 20.0, 16.0]]'
     expected = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     assert [s.sample_id for s in read_samples("coda_lm", root, "Train")] == [expected]
 
@@ -309,11 +311,11 @@ def test_all_problems_are_named_at_once(root):
     wanted = [r"val_0002\.json: image .*9\.jpg is missing", r"val_0002\.json: region_perception\.7: box .*0, 4\]"]
     wanted += [r"val_0002\.json: driving_suggestion: .* 5", r"val_0003\.json: not valid JSON"]
     assert all(re.search(pattern, line) for pattern, line in zip(wanted, lines[1:5], strict=True))
-    save_chat(root, CHAT | {"image": "no.jpg", "task": "poem"}, CHAT | {"conversations": EXCHANGE, "slice": "rare"})
+    save_chat(root, CHAT | {"image": "no.jpg", "task": ["poem"]}, CHAT | {"conversations": EXCHANGE, "slice": 0.5})
     with pytest.raises(DataError) as caught:
         read_samples("chat", root, "chat")
-    found = re.findall(r"jsonl:(\d): .*(conversations|missing|poem|rare)", str(caught.value))
-    assert found == [("1", "conversations"), ("1", "missing"), ("1", "poem"), ("2", "rare")]
+    found = re.findall(r"jsonl:(\d): .*(conversations|missing|poem|0\.5)", str(caught.value))
+    assert found == [("1", "conversations"), ("1", "poem"), ("2", "0.5")]
 
 
 def test_half_a_surrogate_pair_is_a_problem_of_its_record(root):
@@ -409,17 +411,152 @@ def test_all_spellings_of_a_conversation_are_the_same_sample(root, turns):
     assert sample.sample_id == read_samples("chat", root, "chat")[0].sample_id
 
 
-def test_earlier_turns_go_into_the_prompt_and_the_last_answer_is_the_answer(root):
-    later = [{"from": "human", "value": "And left?"}, {"from": "gpt", "value": "A cone."}]
-    save_chat(root, CHAT | {"conversations": [{"from": "system", "value": "Be brief."}, *EXCHANGE, *later]})
+LATER = [{"from": "human", "value": "And left?"}, {"from": "gpt", "value": "A cone."}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "system", "value": "Be brief."}, *EXCHANGE, *LATER]},
+        {"system": "Be brief.", "conversations": [*EXCHANGE, *LATER]},
+        {
+            "system": "Be brief.",
+            "history": [["What is ahead?", "A truck."]],
+            "query": "And left?",
+            "response": "A cone.",
+        },
+    ],
+)
+def test_roles_and_earlier_answers_stay(root, record):
+    save_chat(root, CHAT | record)
     (sample,) = read_samples("chat", root, "chat")
-    assert (sample.prompt, sample.answer) == ("Be brief.\nWhat is ahead?\nA truck.\nAnd left?", "A cone.")
+    said = [("system", ("Be brief.",)), ("user", (None, "What is ahead?")), ("assistant", ("A truck.",))]
+    assert [(turn.role, turn.parts) for turn in sample.turns] == [*said, ("user", ("And left?",))]
+    assert (sample.answer, sample.answers) == ("A cone.", ("A truck.", "A cone."))
+    assert sample.prompt == "Be brief.\nWhat is ahead?\nA truck.\nAnd left?"
+
+
+VIEWS = ("CAM_FRONT: ", None, " CAM_BACK: ", None, " What is ahead?")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"images": ["f.png", "b.png"], "query": "CAM_FRONT: <image> CAM_BACK: <image> What is ahead?"},
+        {
+            "images": [{"path": "f.png"}, None, "b.png"],
+            "query": "CAM_FRONT: <image> CAM_BACK: <image> What is ahead?\n",
+        },
+        {"parts": [{"type": "image"}, {"type": "image"}], "images": ["f.png", "b.png"]},
+        {"parts": [{"type": "image", "image": "f.png"}, {"type": "image", "image": "file://{root}/b.png"}]},
+        {"parts": [{"type": "image_url", "image_url": {"url": "f.png"}}, {"type": "image_url", "image_url": "b.png"}]},
+        {"parts": [{"type": "image", "path": "f.png"}, {"type": "image"}], "image": "b.png"},
+        {"parts": [{"type": "image", "url": "f.png"}, {"type": "image", "url": "b.png"}], "images": ["f.png", "b.png"]},
+    ],
+)
+def test_images_stay_where_the_record_has_them(root, record):
+    for name in ("f.png", "b.png"):
+        save_image(root, name)
+    record = json.loads(json.dumps(record).replace("{root}", str(root)))
+    if images := record.pop("parts", None):
+        texts = [{"type": "text", "text": text} for text in VIEWS if text]
+        content = [texts[0], images[0], texts[1], images[1], texts[2]]
+        record |= {"messages": [{"role": "user", "content": content}]}
+    save_chat(root, record | ({"response": "A car."} if "query" in record else {}))
+    (sample,) = read_samples("chat", root, "chat")
+    assert sample.turns[0].parts == VIEWS
+    assert [path.name for path in sample.images] == ["f.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("<image>\nWhat?", (None, "What?")),
+        ("<image>\n<image>\n What? ", (None, None, "What?")),
+        ("What?\n<image>", ("What?", None)),
+        ("What?", (None, None, "What?")),
+        ("A <image>\n\nB <image>\nWhat?", ("A ", None, "\n\nB ", None, "\nWhat?")),
+    ],
+)
+def test_blanks_between_two_texts_stay_and_those_at_the_ends_go(root, value, parts):
+    images = ["val/images/0001.jpg"] * max(1, parts.count(None))
+    save_chat(root, {"images": images, "query": value, "response": "!"})
+    assert read_samples("chat", root, "chat")[0].turns[0].parts == parts
+
+
+def test_an_answer_is_not_edited_and_its_placeholder_is_none(root):
+    turns = [EXCHANGE[0], {"from": "gpt", "value": "Write <image> for an image."}]
+    save_chat(root, CHAT | {"conversations": turns})
+    assert read_samples("chat", root, "chat")[0].answer == "Write <image> for an image."
+
+
+def test_text_alone_numbers_and_questions_without_an_answer_are_samples(root):
+    save_chat(
+        root,
+        {"query": "How many wheels has a car?", "response": 4, "task": 7, "slice": "night, rain"},
+        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": 0.5}], "images": [None]},
+        {"query": "Open?"},
+        {"query": "Open too?", "response": None},
+        {"messages": [{"role": "user", "content": "Open as well?"}, {"role": "assistant", "content": None}]},
+    )
+    samples = {sample.prompt: sample for sample in read_samples("chat", root, "chat")}
+    assert {prompt: sample.answer for prompt, sample in samples.items()} == {
+        "How many wheels has a car?": "4", "5": "0.5", "Open?": "", "Open too?": "", "Open as well?": "",
+    }  # fmt: skip
+    wheels = samples["How many wheels has a car?"]
+    assert (wheels.images, wheels.task, wheels.slice) == ((), "7", "night, rain")
+
+
+@pytest.mark.parametrize("form", ["array", "array on lines", "lines in .json", "parquet", "parts"])
+def test_every_kind_of_file_holds_the_same_samples(root, form):
+    records = [
+        {"id": i, "image": "val/images/0001.jpg", "query": f"Question {i}?", "response": "Yes."} for i in range(5)
+    ]
+    save_chat(root, *records)
+    wanted = read_samples("chat", root, "chat")
+    lines = [json.dumps(record) for record in records]
+    if form == "array":
+        (root / "a.json").write_text("\ufeff" + json.dumps(records, indent=1))
+    elif form == "array on lines":
+        (root / "a.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    elif form == "lines in .json":
+        (root / "a.json").write_text("\n".join(lines))
+    elif form == "parquet":
+        pq.write_table(pa.Table.from_pylist(records), root / "a.parquet")
+    else:
+        for part in range(2):
+            pq.write_table(pa.Table.from_pylist(records[part::2]), root / f"a-0000{part}-of-00002.parquet")
+    found = read_samples("chat", root, "a")
+    assert [(s.sample_id, s.turns, s.meta["id"]) for s in found] == [
+        (s.sample_id, s.turns, s.meta["id"]) for s in wanted
+    ]
+    assert READERS["chat"].splits(root) == (["chat"] if form == "lines in .json" else ["a", "chat"])
+
+
+def test_what_is_broken_in_an_array_is_named_by_its_number(root):
+    good = json.dumps({"query": "a?", "response": "b"})
+    (root / "a.json").write_text(f'[{good}, 5, {good}, {{"query": }}, {good}]')
+    with pytest.raises(DataError) as caught:
+        read_samples("chat", root, "a")
+    assert re.findall(r"a\.json:(\d): (a record is an object|not valid JSON)", str(caught.value)) == [
+        ("2", "a record is an object"),
+        ("4", "not valid JSON"),
+    ]
+    (root / "b.json").write_text(f"[{good}\n{good}]")
+    with pytest.raises(DataError, match=r"b\.json:1: not valid JSON: neither `,` nor `\]`"):
+        read_samples("chat", root, "b")
+    (root / "c.parquet").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"c\.parquet: cannot be read as Parquet"):
+        read_samples("chat", root, "c")
+    (root / "c.json").write_text("[]")
+    with pytest.raises(DataError, match=r"c\.json, c\.parquet could all be split 'c'"):
+        read_samples("chat", root, "c")
 
 
 def test_several_images_keep_their_order(root):
     save_image(root, "val/images/0002.jpg", 1)
     names = ["val/images/0002.jpg", "val/images/0001.jpg"]
-    save_chat(root, without(CHAT, "image") | {"images": names, "conversations": EXCHANGE})
+    save_chat(root, {"images": names, "query": "What is ahead?", "response": "A truck."})
     (sample,) = read_samples("chat", root, "chat")
     assert [p.name for p in sample.images] == ["0002.jpg", "0001.jpg"]
     assert [load_image(sample, i).getpixel((0, 0))[0] < 50 for i in (0, 1)] == [True, False]
@@ -438,16 +575,31 @@ def test_unicode_line_separators_inside_a_text_do_not_end_the_line(root, separat
         (CHAT, "conversations"),
         (CHAT | {"messages": "hello"}, "list of turns"),
         (CHAT | {"conversations": ["hi"]}, "a turn is an object"),
-        (CHAT | {"conversations": EXCHANGE[:1]}, "last turn .* the user's"),
+        (
+            CHAT | {"conversations": [*EXCHANGE, {"from": "system", "value": "Stop."}]},
+            "last turn must be the assistant's",
+        ),
+        (CHAT | {"conversations": [*EXCHANGE[:1], {"from": "gpt", "value": " "}, *LATER]}, "turn 2: .*says nothing"),
         (CHAT | {"conversations": EXCHANGE[1:]}, "needs a user's turn"),
         (CHAT | {"conversations": [{"from": "human", "value": "<image>"}, EXCHANGE[1]]}, "needs a user's turn"),
-        (CHAT | {"conversations": [{"from": "robot", "value": "hi"}, EXCHANGE[1]]}, "from/role .*robot"),
-        (CHAT | {"messages": [{"role": "user", "content": 5}, EXCHANGE[1]]}, "value/content"),
-        (CHAT | {"messages": [{"role": "user", "content": [{"type": "video"}]}, EXCHANGE[1]]}, "content part .*video"),
-        (without(CHAT, "image") | {"conversations": EXCHANGE}, "needs `image`.* None"),
-        (CHAT | {"image": [3], "conversations": EXCHANGE}, "needs `image`.*3"),
-        (CHAT | {"task": "poem", "conversations": EXCHANGE}, "task .*poem"),
-        (CHAT | {"slice": "rare", "conversations": EXCHANGE}, "slice .*rare"),
+        (CHAT | {"conversations": [{"from": "robot", "value": "hi"}, EXCHANGE[1]]}, "turn 1: its role must be .*robot"),
+        (CHAT | {"messages": [{"role": "user", "content": True}, EXCHANGE[1]]}, "turn 1: its content .*True"),
+        (
+            CHAT | {"messages": [{"role": "user", "content": [{"type": "video"}]}, EXCHANGE[1]]},
+            "turn 1: its content .*video",
+        ),
+        (without(CHAT, "image") | {"conversations": EXCHANGE}, r"1 place\(s\) for images .*, but 0 image"),
+        (CHAT | {"image": [3], "conversations": EXCHANGE}, "an image must be a path, got 3"),
+        (CHAT | {"task": ["poem"], "conversations": EXCHANGE}, "task .*poem"),
+        (CHAT | {"slice": "a\nb", "conversations": EXCHANGE}, "slice .*a.nb"),
+        (CHAT | {"images": ["val/images/0001.jpg"] * 2, "conversations": EXCHANGE}, r"1 place\(s\) .* 2 image"),
+        (CHAT | {"query": "<image> <image>", "response": "!"}, "needs a user's turn with text"),
+        (CHAT | {"query": "<image> or <image>?", "response": "!"}, r"2 place\(s\) .* 1 image"),
+        (CHAT | {"system": "See <image>.", "conversations": EXCHANGE}, "image in the system's turn"),
+        (CHAT | {"image": "https://x.org/a.jpg", "conversations": EXCHANGE}, "only files are read"),
+        (CHAT | {"image": "data:image/png;base64,AA", "conversations": EXCHANGE}, "only files are read"),
+        (CHAT | {"video": "a.mp4", "conversations": EXCHANGE}, "`video`: only images are read"),
+        (CHAT | {"history": ["a"], "query": "b", "response": "c"}, "`history`"),
         (CHAT | {"image": "../secret.jpg", "conversations": EXCHANGE}, "outside the data root"),
         (CHAT | {"image": "val/images/9.jpg", "conversations": EXCHANGE}, r"9\.jpg is missing"),
     ],
@@ -462,7 +614,7 @@ def test_broken_and_missing_chat_files_are_named(root):
     (root / "chat.jsonl").write_text('\n\n{"id": ')
     with pytest.raises(DataError, match=r"chat\.jsonl:3: not valid JSON"):
         read_samples("chat", root, "chat")
-    with pytest.raises(DataError, match=r"no\.jsonl: no such file"):
+    with pytest.raises(DataError, match=r"has none of no\.jsonl, no\.json, no\.parquet"):
         read_samples("chat", root, "no")
     (root / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="'empty': no samples"):

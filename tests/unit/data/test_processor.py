@@ -105,7 +105,7 @@ def test_blind_keeps_all_but_the_pixels(processor, sample):
     torch.testing.assert_close(blind.pixel_values, torch.full_like(seen.pixel_values, 128 / 127.5 - 1))
 
 
-@pytest.mark.parametrize("answer", ["", " \n", None])
+@pytest.mark.parametrize("answer", ["", " \n"])
 def test_empty_answer_names_the_sample(processor, sample, answer):
     empty = make_sample(sample.images, sample_id="e5", answer=answer)
     with pytest.raises(DataError, match="sample e5: its answer is empty"):
@@ -128,9 +128,7 @@ def test_structure_cannot_be_smuggled_in_by_text(processor, sample, field):
         processor.encode(bad)
 
 
-def test_sample_without_image_or_with_a_sliver_is_refused(processor, tmp_path):
-    with pytest.raises(DataError, match="sample s0: it has no image"):
-        processor.encode(make_sample(()))
+def test_a_sliver_is_refused(processor, tmp_path):
     with pytest.raises(DataError, match=r"sample s0: .*aspect ratio.*\(900, 3\)"):
         processor.encode(make_sample((save_image(tmp_path / "a.png", 900, 3),)))
 
@@ -315,7 +313,7 @@ def test_an_exported_image_processor_scales_as_the_run_did(tmp_path, nested):
     before = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image])["image_grid_thw"]
     assert before.tolist() != wanted.tolist()
     files = {path.name: path.read_bytes() for path in folder.glob("*.json")}
-    for name, content in processor_folder.bounded(files, settings).items():
+    for name, content in processor_folder.as_used(files, folder, settings).items():
         (folder / name).write_bytes(content)
     served = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image])["image_grid_thw"]
     assert served.tolist() == wanted.tolist()

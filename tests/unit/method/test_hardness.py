@@ -3,7 +3,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, question
 from pipeline.errors import CheckpointError, UserError
 from pipeline.hardness.stage import describe, prior_table
 from pipeline.method.hardness import HardnessTable, decay
@@ -304,7 +304,7 @@ def make_samples(num_samples=20):
         Sample(
             f"s{i:04d}",
             (),
-            f"question {i}",
+            question(f"question {i}", 0),
             f"answer {i}",
             ("general", "region")[i % 2],
             "corner" if i >= 16 else "regular",

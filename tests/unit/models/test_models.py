@@ -11,6 +11,7 @@ from pipeline.benchmark import random_models
 from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
 from pipeline.errors import ConfigError, UserError
+from pipeline.evaluation.generate import greedy, model_inputs
 from pipeline.files import weights_hash
 from pipeline.models import loading
 from pipeline.models.compatibility import check_compatible
@@ -109,6 +110,27 @@ def test_padding_changes_no_logit(model, processor, encoded):
         for row, alone in zip(both, single, strict=True):
             kept = row[: len(alone)] if side == "right" else row[-len(alone) :]
             torch.testing.assert_close(kept, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_text_alone_is_what_transformers_makes_of_it(model, processor):
+    """The stand-in for an image, which such a batch has, changes no logit and no generated token."""
+    samples = [make_sample((), answer=answer) for answer in ("Stop.", "Go on slowly, and keep your distance.")]
+    rows = [processor.encode(sample) for sample in samples]
+    for side in ("right", "left"):
+        ours = logits(model, rows, processor, side)
+        for row, alone in zip(ours, rows, strict=True):
+            with torch.no_grad():
+                wanted = model(input_ids=alone.input_ids[None]).logits[0]
+            start = len(row) - len(alone.input_ids) if side == "left" else 0
+            torch.testing.assert_close(row[start:][: len(wanted)], wanted, rtol=1e-4, atol=1e-5)
+    prompts = [processor.encode_prompt(sample) for sample in samples]
+    for prompt, made in zip(
+        prompts,
+        greedy(model, model_inputs(processor.collate(prompts, side="left"), "cpu"), 5, ()),
+        strict=True,
+    ):
+        plain = model.generate(input_ids=prompt.input_ids[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
+        assert made == plain[0, -5:].tolist()
 
 
 def test_image_reaches_the_logits(model, processor, tmp_path):

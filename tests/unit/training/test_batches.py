@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.sample import Sample
+from pipeline.data.sample import Sample, question
 from pipeline.errors import StoreError
 from pipeline.method.curriculum import rank_share
 from pipeline.targets.container.writer import StoreWriter
@@ -69,10 +69,9 @@ def test_another_number_of_answer_tokens_is_refused(store):
 
 
 def scene(number, images, characters):
-    question = characters // 3
-    return Sample(
-        f"s{number}", (Path("x.png"),) * images, "?" * question, "!" * (characters - question), "chat", "unknown"
-    )
+    asked = characters // 3
+    turns = question("?" * asked, images)
+    return Sample(f"s{number}", (Path("x.png"),) * images, turns, "!" * (characters - asked), "chat", "unknown")
 
 
 def scene_lengths(count):
