@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any, Literal, TypedDict
 
 from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 
 from pipeline.benchmark.scoring import SLICES, TASKS, score_answers
 from pipeline.recipe import Recipe
@@ -78,7 +77,7 @@ def is_embedded(recipe: Recipe) -> bool:
 # -- measures ----------------------------------------------------------------------------------------------------------
 
 
-class _Words(Tokenizer):
+class _Words:
     """rouge_score's own words for ASCII; it drops all other letters, so that a correct answer in Chinese scores 0."""
 
     _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
