@@ -156,7 +156,7 @@ def _bar_words(bar: ResultBar, metric: ResultMetric | None) -> tuple[str, str, b
 
 
 def table_metrics(results: Results) -> list[Json]:
-    """What the tables show of each metric that has values: the metric, its slices, all of them together, their tasks."""
+    """What the tables show of each metric that has values: its slices, whether all of them together, their tasks."""
     shown_metrics = []
     for metric in results.metrics:
         slices, together = results.slices(metric.name), any(metric.name in row.overall for row in results.rows)
