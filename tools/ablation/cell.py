@@ -103,7 +103,7 @@ def _record(sample: Sample, said: str, ce: tuple[float, int]) -> Json:
     score = score_answer(sample.task, said, sample.answer)
     if score is None:
         raise DataError(
-            f"{sample.meta['record']}: its gold answer holds no word of the drawn scenes; the ablation is about them alone."
+            f"{sample.meta['record']}: its gold answer holds no word of the drawn scenes, which this is about."
         )
     return {
         "sample_id": sample.sample_id,
