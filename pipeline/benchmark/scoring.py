@@ -1,7 +1,7 @@
-"""Scores of answers by what they say, parsed from text alone: no model, no image.
+"""The embedded data set's own score: what an answer says, parsed from text alone by the words that scenes are told in.
 
-Object kinds, categories and actions are those of the embedded data set (`world.py`); ROUGE-L is a labelled proxy
-for everything else an answer says.
+Object kinds, categories and actions are those of `world.py`. Outside the drawn scenes these words mean other things
+("There is no need to stop" names the action "stop"), so this score belongs to them alone.
 """
 
 import re
@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
-
-from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline.benchmark.world import ACTIONS, KINDS
 
@@ -24,7 +22,6 @@ def _pattern(phrases: Sequence[str]) -> re.Pattern[str]:
 
 
 _KINDS, _ACTIONS = _pattern(tuple(KINDS)), _pattern(ACTIONS)
-_ROUGE = RougeScorer(["rougeL"])
 
 
 def mentions(text: str) -> list[str]:
@@ -56,10 +53,10 @@ def class_f1(pairs: Sequence[tuple[str, str]]) -> float:
     return fmean(2 * hits[kind] / total[kind] for kind in kinds)
 
 
-def score_answer(task: str, prediction: str, gold: str) -> float:
+def score_answer(task: str, prediction: str, gold: str) -> float | None:
     """One answer's score in [0, 1]: mention F1 (general), first category equal (region), action equal (suggestion).
 
-    ROUGE-L for other tasks, and where the gold answer names no kind or action that this module knows.
+    None: another task, or a gold answer that names no kind or action.
     """
     if task == "general" and mentions(gold):
         return mention_f1(prediction, gold)
@@ -67,40 +64,27 @@ def score_answer(task: str, prediction: str, gold: str) -> float:
         return float(mentions(prediction)[:1] == mentions(gold)[:1])
     if task == "suggestion" and action(gold):
         return float(action(prediction) == action(gold))
-    return rouge_l(prediction, gold)
+    return None
+
+
+def score_answers(records: Sequence[Mapping[str, Any]]) -> tuple[float | None, int]:
+    """(mean over the tasks of their scores, number of answers in it); None where no answer can be scored.
+
+    `general` is `class_f1`, the other tasks' scores are means of `score_answer`. Answers for which that is None are in
+    no mean.
+
+    Args:
+        records: with keys task, gold, prediction.
+    """
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for r in records:
+        if score_answer(r["task"], r["prediction"], r["gold"]) is not None:
+            pairs.setdefault(r["task"], []).append((r["prediction"], r["gold"]))
+    scores = [_task_score(task, of_task) for task, of_task in pairs.items()]
+    return fmean(scores) if scores else None, sum(map(len, pairs.values()))
 
 
 def _task_score(task: str, pairs: Sequence[tuple[str, str]]) -> float:
-    with_kinds = [pair for pair in pairs if mentions(pair[1])]
-    if task == "general" and with_kinds:
-        return class_f1(with_kinds)
-    return fmean(score_answer(task, prediction, gold) for prediction, gold in pairs)
-
-
-def rouge_l(prediction: str, gold: str) -> float:
-    """ROUGE-L F-measure."""
-    return float(_ROUGE.score(gold, prediction)["rougeL"].fmeasure)
-
-
-def score_all(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """By slice: each task's score, their mean over tasks (`mean`), `rouge_l`, and the number of answers `n`.
-
-    `general` is `class_f1`, the other tasks' scores are means of `score_answer`.
-
-    Args:
-        records: with keys task, slice, gold, prediction.
-    """
-    scores: dict[str, dict[str, float]] = {}
-    for name in sorted({str(r["slice"]) for r in records}):
-        rows = [r for r in records if r["slice"] == name]
-        by_task = {
-            task: _task_score(task, [(r["prediction"], r["gold"]) for r in rows if r["task"] == task])
-            for task in sorted({str(r["task"]) for r in rows})
-        }
-        scores[name] = {
-            **by_task,
-            "mean": fmean(by_task.values()),
-            "rouge_l": fmean(rouge_l(r["prediction"], r["gold"]) for r in rows),
-            "n": len(rows),
-        }
-    return scores
+    if task == "general":
+        return class_f1(pairs)
+    return fmean(score_answer(task, prediction, gold) or 0.0 for prediction, gold in pairs)

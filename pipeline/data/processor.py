@@ -109,10 +109,10 @@ class Processor:
         images = self._images(sample, blind=blind)
         return self._expanded(sample, ids, labels, images, cuts=self.cuts_answers)
 
-    def encode_or_leave_out(self, sample: Sample) -> Encoded:
+    def encode_or_leave_out(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """`encode`; with `data.bad_samples: skip` a sample that it refuses becomes one token without a label."""
         try:
-            return self.encode(sample)
+            return self.encode(sample, blind=blind)
         except DataError as error:
             if not self.leaves_out:
                 raise

@@ -1,11 +1,12 @@
 """Cross-entropy of gold answers under a model, teacher-forced: a finer measure than scores of generated answers.
 
-Shapes: B samples, S positions of the padded batch, V vocabulary.
+Shapes: B samples, L the longest answer's tokens, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.processor import Processor
@@ -21,26 +22,44 @@ def gold_cross_entropy(
     samples: Sequence[Sample],
     *,
     batch_size: int,
+    blind: bool = False,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, tuple[float, int]]:
     """By sample_id: -log q of the gold answer in nats, summed over its tokens and its end token, and their number.
 
     Args:
         model: in evaluation mode.
+        blind: blank the images to grey.
         on_progress: called with the number of samples of every finished batch.
 
     Raises:
-        DataError: a sample without an answer, or one that cannot be encoded.
+        DataError: a sample without an answer, or one that cannot be encoded; with `data.bad_samples: skip` it is not
+            among those measured.
     """
     measured: dict[str, tuple[float, int]] = {}
     for start in range(0, len(samples), batch_size):
-        encoded = [processor.encode(sample) for sample in samples[start : start + batch_size]]
-        batch = processor.collate(encoded)
-        logits_BSV = model(**model_inputs(batch, model.device), use_cache=False).logits[:, :-1]
-        labels_BS = batch["labels"][:, 1:].to(logits_BSV.device)  # row t predicts token t + 1
-        ce_BS = cross_entropy_per_token(logits_BSV.flatten(0, 1), labels_BS.flatten()).view_as(labels_BS)
-        tokens_B = (labels_BS != IGNORE).sum(1).tolist()
-        sums_B = ce_BS.double().sum(1).tolist()
+        chosen = samples[start : start + batch_size]
+        encoded = [e for sample in chosen if (e := processor.encode_or_leave_out(sample, blind=blind)).problem is None]
+        on_progress(len(chosen))
+        if not encoded:
+            continue
+        # Padded on the left all answers end together, so the head has to see no more rows than the longest answer has:
+        # logits of whole prompts are gigabytes with a real vocabulary.
+        batch = processor.collate(encoded, side="left")
+        tokens_B = [_last_answer(e.labels) for e in encoded]
+        longest = max(tokens_B)
+        labels_BL = batch["labels"][:, -longest:].clone()
+        for labels_L, tokens in zip(labels_BL, tokens_B, strict=True):
+            labels_L[: longest - tokens] = IGNORE  # earlier answers of a conversation
+        labels_BL = labels_BL.to(model.device)
+        out = model(**model_inputs(batch, model.device), use_cache=False, logits_to_keep=longest + 1)
+        logits_BLV = out.logits[:, :-1]  # row t predicts token t + 1
+        ce_BL = cross_entropy_per_token(logits_BLV.flatten(0, 1), labels_BL.flatten()).view_as(labels_BL)
+        sums_B = ce_BL.double().sum(1).tolist()
         measured |= {e.sample_id: (s, n) for e, s, n in zip(encoded, sums_B, tokens_B, strict=True)}
-        on_progress(len(encoded))
     return measured
+
+
+def _last_answer(labels_S: Tensor) -> int:
+    """Tokens of the last answer, its end among them: the labels at the end."""
+    return int((labels_S.flip(0) != IGNORE).long().cumprod(0).sum())

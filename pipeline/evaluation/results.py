@@ -6,17 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+from pipeline.evaluation.metrics import NO_SLICE, SCENE_SCORE, Group, Metric, Scores
 
 BLIND_TARGET = 2.0
 """A teacher that uses the image scores at least this many times as high as with the image blanked."""
 QUALITY_TARGET = 0.95
 SPEED_TARGET = 2.0
 _PACKAGES = ("torch", "transformers", "deepspeed")
-_HEADS = ("model", "regular", "corner", "(blind)", "(blind)", "ROUGE-L reg", "ROUGE-L cor", "active / total", "TTFT ms",
-          "ms/token", "e2e ms", "speed-up")  # fmt: skip
+TOGETHER = "all samples"
+"""Head of the column of all slices, and of the only one where records name none."""
+_SPEED_HEADS = ("model", "active / total", "TTFT ms", "ms/token", "e2e ms", "speed-up")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +31,12 @@ class Row:
     model: str
     """Model reference."""
     blind: bool
-    regular: float | None
-    """Mean over tasks of the objective score on regular samples, in [0, 1]; None: no such samples."""
-    corner: float | None
-    blind_regular: float | None
-    """The same model's score with the image blanked: what the question alone gives away."""
-    blind_corner: float | None
-    scores: Mapping[str, Mapping[str, float]]
-    """By slice: every task's score, `mean`, `rouge_l` (a proxy), `n`."""
+    scores: Scores
+    """By metric and slice: value, number of answers, and the same of every task."""
+    overall: Mapping[str, Group]
+    """By metric, over the samples of all slices: where that means something and there are several."""
+    blind_scores: Scores
+    """The same model's scores with the image blanked: what the question alone gives away."""
     params_total: int
     params_active: int
     """Parameters that one token passes through."""
@@ -57,28 +58,45 @@ class Bar:
     """None: not measured, or a number above 0 over 0. 0 over 0 counts as 0."""
     target: float
     reached: bool
+    kind: Literal["blind", "teacher", "speed"]
+    """Teacher against itself without the image; student against teacher in a metric; the same in speed."""
+    metric: str | None = None
+    slice: str | None = None
 
 
-def bars(rows: Sequence[Row]) -> list[Bar]:
-    """The demo's five bars. The first row is the teacher, the last row the CLKD student.
+def bars(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Bar]:
+    """What the student should reach. The first row is the teacher, the last row the student.
+
+    The drawn scenes have the demo's five bars, measured or not, on their own score. Other data have those that can be
+    measured: student against teacher in every metric and slice, and speed.
 
     Args:
         rows: the table in order, at least one row.
+        metrics: those of the rows' scores.
     """
     teacher, student = rows[0], rows[-1] if len(rows) > 1 and not rows[-1].blind else None
-    seen = {"regular": teacher.regular, "corner": teacher.corner}
-    blind = {"regular": teacher.blind_regular, "corner": teacher.blind_corner}
-    learned = {"regular": student.regular, "corner": student.corner} if student else {}
-    return [
-        *(_bar(f"teacher_vs_blind_{part}", seen[part], blind[part], BLIND_TARGET) for part in seen),
-        *(_bar(f"clkd_vs_teacher_{part}", learned.get(part), seen[part], QUALITY_TARGET) for part in seen),
-        _bar("clkd_speedup", student.speedup_vs_teacher if student else None, 1.0, SPEED_TARGET),
+    speed = student.speedup_vs_teacher if student else None
+    fast = _bar("clkd_speedup", speed, 1.0, SPEED_TARGET, "speed")
+    if SCENE_SCORE in metrics:
+        parts = teacher.scores.get(SCENE_SCORE.name, {})
+        blind = [
+            _quality(f"teacher_vs_blind_{part}", SCENE_SCORE, part, teacher.scores, teacher.blind_scores, "blind")
+            for part in parts
+        ]
+        learned = [_learned(f"clkd_vs_teacher_{part}", SCENE_SCORE, part, teacher, student) for part in parts]
+        return [*blind, *learned, fast]
+    learned = [
+        _learned(f"clkd_vs_teacher_{metric.name}_{part}", metric, part, teacher, student)
+        for metric in metrics
+        for part in teacher.scores.get(metric.name, {})
     ]
+    return [bar for bar in [*learned, fast] if bar.value is not None]
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text: scores in per cent, parameters in millions."""
-    return "\n".join(_aligned([_HEADS, *map(_cells, rows)]))
+def table(rows: Sequence[Row], metrics: Sequence[Metric]) -> str:
+    """A block for each metric, then sizes (in millions) and speed, as aligned text."""
+    blocks = [_metric_lines(metric, rows) for metric in metrics if any(row.scores.get(metric.name) for row in rows)]
+    return "\n\n".join("\n".join(_aligned(lines)) for lines in [*blocks, [_SPEED_HEADS, *map(_speed, rows)]])
 
 
 def latency_line(settings: Mapping[str, Any]) -> str:
@@ -120,11 +138,57 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _bar(name: str, above: float | None, below: float | None, target: float) -> Bar:
+def gold_lines(scores: Scores, metrics: Sequence[Metric], questions: int, unanswered: int) -> list[str]:
+    """Which answers are in no score, in a line each.
+
+    Args:
+        scores: of any row; the questions are the same for all.
+        questions: samples that every model answered.
+        unanswered: those of them without a gold answer.
+    """
+    if unanswered == questions:
+        return [
+            f"none of the {questions} samples has a gold answer: nothing can be scored; the answers are in "
+            "evaluation/<row>.jsonl"
+        ]
+    golds = questions - unanswered
+    lines = [f"{unanswered} of {questions} samples have no gold answer: answered, in no score"] if unanswered else []
+    for metric in metrics:
+        counted = sum(group["n"] for group in scores.get(metric.name, {}).values())
+        if counted < golds:
+            lines.append(
+                f"{metric.title}: {golds - counted} of {golds} gold answers hold nothing that it knows: in no score"
+            )
+    return lines
+
+
+def _learned(name: str, metric: Metric, part: str, teacher: Row, student: Row | None) -> Bar:
+    return _quality(name, metric, part, student.scores if student else {}, teacher.scores, "teacher")
+
+
+def _quality(
+    name: str, metric: Metric, part: str, ours: Scores, theirs: Scores, kind: Literal["blind", "teacher"]
+) -> Bar:
+    """Ours over theirs in a metric and slice; the other way round where lower is better."""
+    mine, other = (_value(scores.get(metric.name, {}).get(part)) for scores in (ours, theirs))
+    above, below = (other, mine) if metric.lower_is_better else (mine, other)
+    target = {"blind": BLIND_TARGET, "teacher": QUALITY_TARGET}[kind]
+    return _bar(name, above, below, target, kind, metric.name, part)
+
+
+def _bar(
+    name: str,
+    above: float | None,
+    below: float | None,
+    target: float,
+    kind: Literal["blind", "teacher", "speed"],
+    metric: str | None = None,
+    part: str | None = None,
+) -> Bar:
     if above is None or below is None:
-        return Bar(name, None, target, False)
+        return Bar(name, None, target, False, kind, metric, part)
     value = above / below if below else None if above else 0.0
-    return Bar(name, value, target, above > 0 and above >= target * below)
+    return Bar(name, value, target, above > 0 and above >= target * below, kind, metric, part)
 
 
 def _verdict(bar: Bar) -> str:
@@ -133,21 +197,39 @@ def _verdict(bar: Bar) -> str:
     return "reached" if bar.reached else "MISSED"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    rouge = [row.scores.get(part, {}).get("rouge_l") for part in ("regular", "corner")]
+def _metric_lines(metric: Metric, rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Columns: the slices that are there, all of them together, and the slices without the image."""
+    name, slices = metric.name, list(dict.fromkeys(part for row in rows for part in row.scores.get(metric.name, {})))
+    together = [TOGETHER] if any(name in row.overall for row in rows) else []
+    heads = [TOGETHER] if slices == [NO_SLICE] else slices
+    lines = [(f"{metric.title}, {metric.unit}", *heads, *together, *(f"{head} (blind)" for head in heads))]
+    for row in rows:
+        seen, blind = row.scores.get(name, {}), row.blind_scores.get(name, {})
+        groups = [*map(seen.get, slices), *([row.overall.get(name)] if together else []), *map(blind.get, slices)]
+        lines.append((row.name, *(shown(metric.unit, _value(group)) for group in groups)))
+    return lines
+
+
+def shown(unit: str, value: float | None) -> str:
+    """A metric's value as tables show it."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}" if unit == "%" else f"{value:.4f}"
+
+
+def _value(group: Group | None) -> float | None:
+    return group["value"] if group else None
+
+
+def _speed(row: Row) -> tuple[str, ...]:
     return (
         row.name,
-        *map(_percent, (row.regular, row.corner, row.blind_regular, row.blind_corner, *rouge)),
         f"{row.params_active / 1e6:.2f} / {row.params_total / 1e6:.2f} M",
         f"{row.ttft_ms:.1f}",
         f"{row.tpot_ms:.2f}",
         f"{row.e2e_ms:.1f}",
         f"{row.speedup_vs_teacher:.2f}x",
     )
-
-
-def _percent(score: float | None) -> str:
-    return "-" if score is None else f"{100 * score:.1f}"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -2,9 +2,10 @@
 
     clkd evaluate RECIPE.yaml
 
-Writes `evaluation/<row>.json` (every answer), `evaluation/latency.json` (every timing) and `results.json`. Answers and
-timings on disk are used again if they were made from the same weights, data and settings; scores are always computed
-anew. A missed bar is printed as such and is no error.
+Writes `evaluation/<row>.json` (every answer), `evaluation/<row>.jsonl` (the same for handing in, a line an answer),
+`evaluation/latency.json` (every timing) and `results.json`. Answers and timings on disk are used again if they were
+made from the same weights, data and settings; scores are always computed anew. A missed bar is printed as such and is
+no error. Samples without a gold answer are answered and counted, and are in no score.
 """
 
 import gc
@@ -17,25 +18,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pipeline.benchmark.scoring import score_all
+from pipeline.data.index.samples import Index
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.data.splits import open_split
-from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import latency, results
 from pipeline.evaluation.generate import answers, open_model
-from pipeline.files import weights_hash, write_json
+from pipeline.evaluation.likelihood import gold_cross_entropy
+from pipeline.evaluation.metrics import Group, Scores, metrics_of, score_all, score_together
+from pipeline.files import weights_hash, write_json, write_text
 from pipeline.models import experts
 from pipeline.models.loading import compute_device, parameter_counts
 from pipeline.recipe import EvaluationRow, Recipe
 from pipeline.targets.identity import dataset_fingerprint
 
 Json = dict[str, Any]
-Scores = Mapping[str, Mapping[str, float]]
+
+FORMAT = 2
+"""Of a row's file; part of its identity, so that answers in another format are made anew and never misread.
+2: the likelihood of every gold answer, samples without one, scores by metric."""
 
 
 # -- rows: answers and timings, from disk where they were made the same way --------------------------------------------
@@ -49,8 +56,22 @@ class Answered:
     params: tuple[int, int]
     """Total and active per token."""
     scores: Scores
+    overall: Mapping[str, Group]
+    """By metric, over all slices; see `metrics.score_together`."""
     cut: int
     """Answers that `max_new_tokens` ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one model did with all questions."""
+
+    params: tuple[int, int]
+    texts: Mapping[str, str]
+    """Answers by sample_id."""
+    cut: set[str]
+    golds: Mapping[str, tuple[float, int]]
+    """Nats and tokens of the gold answers, by sample_id of those that have one."""
 
 
 class Evaluation:
@@ -69,7 +90,9 @@ class Evaluation:
         self.slugs = _slugs([*self.rows, *(row for row in self.baselines.values() if row not in self.rows)])
         self.weights = _weights(recipe, self.rows)
         self.processor = Processor.load(recipe.processor_dir, recipe.data)
+        self.metrics = metrics_of(recipe)
         self.samples = questions(recipe)
+        self.golds = with_gold(self.samples)
         # On CPUs with AMX `medium` converts the whole weight to bf16 for every token: the demo teacher's answer at
         # batch 1 took 158 ms instead of 98.
         torch.set_float32_matmul_precision("highest" if self.device.type == "cpu" else recipe.run.matmul_precision)
@@ -82,29 +105,27 @@ class Evaluation:
         """Scored answers of one row, from its file where that was made the same way; the file is brought up to date."""
         path, identity = self.folder / f"{self.slugs[row.name]}.json", self._row_identity(row)
         stored = _read_if_same(path, identity)
-        if stored is None:
-            params, texts, cut = self._generate(row)
-        else:
-            params = (stored["params_total"], stored["params_active"])
-            texts = {record["sample_id"]: record["prediction"] for record in stored["samples"]}
-            cut = {record["sample_id"] for record in stored["samples"] if record["cut"]}
-        records = [_record(s, texts[s.sample_id], s.sample_id in cut) for s in self.samples]
-        scores = score_all(records)
+        measured = self._measure_row(row) if stored is None else _measured(stored)
+        records = [_record(sample, measured) for sample in self.samples]
+        scores, overall = score_all(self.metrics, records), score_together(self.metrics, records)
         content: Json = {
             "identity": identity,
             "name": row.name,
             "slug": self.slugs[row.name],
             "model": row.model,
             "blind": row.blind,
-            "params_total": params[0],
-            "params_active": params[1],
-            "cut": len(cut),
+            "params_total": measured.params[0],
+            "params_active": measured.params[1],
+            "cut": len(measured.cut),
+            "metrics": [metric.described() for metric in self.metrics],
             "scores": scores,
+            "overall": overall,
             "samples": records,
         }
         if content != stored:
             write_json(path, content)
-        return Answered(row, params, scores, len(cut))
+        _write_predictions(path.with_suffix(".jsonl"), records)
+        return Answered(row, measured.params, scores, overall, len(measured.cut))
 
     def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
         """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
@@ -121,21 +142,25 @@ class Evaluation:
         timed = {ref: [latency.Timing(**t) for t in rows] for ref, rows in stored["timings"].items()}
         return timed, stored["settings"]
 
-    def _generate(self, row: EvaluationRow) -> tuple[tuple[int, int], dict[str, str], set[str]]:
-        """Numbers of parameters, answers by sample_id, and whose answers were cut."""
-        model, cut = self.open(row.model), set[str]()
+    def _measure_row(self, row: EvaluationRow) -> Measured:
+        """The gold answers' likelihood first: it takes less time, and one that cannot be encoded ends the stage."""
+        model, cut, size = self.open(row.model), set[str](), self.settings.batch_size
+        with tqdm(total=len(self.golds), desc=f"{row.name}, gold answers", unit="answer", disable=None) as bar:
+            golds = gold_cross_entropy(
+                model, self.processor, self.golds, batch_size=size, blind=row.blind, on_progress=bar.update
+            )
         with tqdm(total=len(self.samples), desc=row.name, unit="answer", disable=None) as bar:
             texts = answers(
                 model,
                 self.processor,
                 self.samples,
-                batch_size=self.settings.batch_size,
+                batch_size=size,
                 max_new_tokens=self.settings.max_new_tokens,
                 blind=row.blind,
                 cut=cut,
                 on_progress=bar.update,
             )
-        return parameter_counts(model), texts, cut
+        return Measured(parameter_counts(model), texts, cut, golds)
 
     def _measure(self) -> dict[str, list[latency.Timing]]:
         gc.collect()
@@ -161,7 +186,8 @@ class Evaluation:
 
     def _row_identity(self, row: EvaluationRow) -> Json:
         settings = {"batch_size": self.settings.batch_size, "max_new_tokens": self.settings.max_new_tokens}
-        return {"weights": self.weights[row.model], "blind": row.blind, **settings, **self._common_identity()}
+        about = {"format": FORMAT, "weights": self.weights[row.model], "blind": row.blind}
+        return {**about, **settings, **self._common_identity()}
 
     def _latency_identity(self) -> Json:
         """Row names are not in it. The order of the models is: the first one is the reference."""
@@ -184,28 +210,25 @@ class Evaluation:
 # -- which samples -----------------------------------------------------------------------------------------------------
 
 
-def questions(recipe: Recipe) -> Sequence[Sample]:
-    """The test split, sorted by sample_id: samples with an answer, at most `evaluation.limit` per task and slice.
+def questions(recipe: Recipe) -> Index:
+    """The test split, sorted by sample_id: at most `evaluation.limit` per task and slice.
 
     The first ones by sample_id are taken. Ids are content hashes, so this is a random subset, and always the same.
-
-    Raises:
-        DataError: nothing in the split has an answer.
+    Samples without a gold answer are counted by themselves, so that they take no scored sample's place.
     """
-    split, counts = recipe.data.test_split, defaultdict[tuple[str, str], int](int)
-    samples = open_split(recipe, split)
-    without_answer, chosen = set(samples.unanswered().tolist()), list[int]()
-    for place, stratum in enumerate(zip(samples.words("task"), samples.words("slice"), strict=True)):
-        if place not in without_answer:
-            counts[stratum] += 1
-            if recipe.evaluation.limit is None or counts[stratum] <= recipe.evaluation.limit:
-                chosen.append(place)
-    if not chosen:
-        raise DataError(
-            f"{recipe.data_root}, split {split!r}: none of its {len(samples)} samples has an answer to compare with. "
-            "Let data.test_split name a split with published answers."
-        )
+    samples, limit = open_split(recipe, recipe.data.test_split), recipe.evaluation.limit
+    counts, silent = defaultdict[tuple[str, str, bool], int](int), set(samples.unanswered().tolist())
+    chosen = list[int]()
+    for place, (task, part) in enumerate(zip(samples.words("task"), samples.words("slice"), strict=True)):
+        counts[task, part, place in silent] += 1
+        if limit is None or counts[task, part, place in silent] <= limit:
+            chosen.append(place)
     return samples.select(chosen)
+
+
+def with_gold(samples: Index) -> Index:
+    """Those with a gold answer."""
+    return samples.select(np.setdiff1d(np.arange(len(samples)), samples.unanswered()))
 
 
 def timed_samples(samples: Sequence[Sample], count: int) -> list[Sample]:
@@ -232,37 +255,41 @@ def evaluate(recipe: Recipe) -> Json:
     timings, settings = evaluation.timings()
     speeds = latency.summarise(timings, reference=evaluation.rows[0].model)
     rows = [_table_row(a, blind[a.row.model], evaluation.slugs[a.row.name], speeds[a.row.model]) for a in answered]
-    measured = results.bars(rows)
+    measured = results.bars(rows, evaluation.metrics)
+    asked, silent = len(evaluation.samples), len(evaluation.samples) - len(evaluation.golds)
+    unscored = results.gold_lines(rows[0].scores, evaluation.metrics, asked, silent)
     content: Json = {
+        "metrics": [metric.described() for metric in evaluation.metrics],
         "rows": [asdict(row) for row in rows],
         "bars": [asdict(bar) for bar in measured],
         "machine": results.machine(evaluation.device),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": recipe.run.seed,
-        "questions": len(evaluation.samples),
+        "questions": asked,
+        "unanswered": silent,
+        "notes": unscored,
         "latency": settings,
         "config": recipe.model_dump(mode="json", exclude_unset=True),
     }
     write_json(recipe.run.dir / "results.json", content)
-    notes = [results.latency_line(settings)]
+    notes = [*unscored, results.latency_line(settings)]
     if any(row.cut for row in rows):
-        notes.append(results.cut_line(rows, len(evaluation.samples), recipe.evaluation.max_new_tokens))
-    print("\n".join([results.table(rows), *notes, "", results.bar_lines(measured)]))
+        notes.append(results.cut_line(rows, asked, recipe.evaluation.max_new_tokens))
+    parts = [results.table(rows, evaluation.metrics), "\n".join(notes)]
+    print("\n\n".join([*parts, *([results.bar_lines(measured)] if measured else [])]))
     return content
 
 
 def _table_row(answered: Answered, blind: Scores, slug: str, speed: latency.Latency) -> results.Row:
-    row, scores = answered.row, answered.scores
+    row = answered.row
     return results.Row(
         name=row.name,
         slug=slug,
         model=row.model,
         blind=row.blind,
-        regular=scores.get("regular", {}).get("mean"),
-        corner=scores.get("corner", {}).get("mean"),
-        blind_regular=blind.get("regular", {}).get("mean"),
-        blind_corner=blind.get("corner", {}).get("mean"),
-        scores=scores,
+        scores=answered.scores,
+        overall=answered.overall,
+        blind_scores=blind,
         params_total=answered.params[0],
         params_active=answered.params[1],
         ttft_ms=speed.ttft_ms,
@@ -273,17 +300,42 @@ def _table_row(answered: Answered, blind: Scores, slug: str, speed: latency.Late
     )
 
 
-def _record(sample: Sample, prediction: str, cut: bool) -> Json:
-    """One answer; `cut`: it has `max_new_tokens` and no end."""
+# -- answers on disk ---------------------------------------------------------------------------------------------------
+
+
+def _record(sample: Sample, measured: Measured) -> Json:
+    """One answer; `id`: the record's own, where it has one; `cut`: it has `max_new_tokens` and no end."""
+    own, gold = sample.meta.get("id"), measured.golds.get(sample.sample_id)
     return {
+        **({"id": own} if own else {}),
         "sample_id": sample.sample_id,
         "task": sample.task,
         "slice": sample.slice,
         "prompt": sample.prompt,
         "gold": sample.answer,
-        "prediction": prediction,
-        "cut": cut,
+        "prediction": measured.texts[sample.sample_id],
+        "cut": sample.sample_id in measured.cut,
+        **({"nats": gold[0], "tokens": gold[1]} if gold else {}),
     }
+
+
+def _measured(stored: Json) -> Measured:
+    """What a row's file holds."""
+    samples = stored["samples"]
+    return Measured(
+        params=(stored["params_total"], stored["params_active"]),
+        texts={r["sample_id"]: r["prediction"] for r in samples},
+        cut={r["sample_id"] for r in samples if r["cut"]},
+        golds={r["sample_id"]: (r["nats"], r["tokens"]) for r in samples if "nats" in r},
+    )
+
+
+def _write_predictions(path: Path, records: Sequence[Json]) -> None:
+    """The answers, a line each, without what only this stage needs."""
+    kept = [{key: value for key, value in r.items() if key not in ("nats", "tokens")} for r in records]
+    text = "".join(json.dumps(record) + "\n" for record in kept)
+    if not path.is_file() or path.read_text() != text:
+        write_text(path, text)
 
 
 # -- checks before anything slow begins --------------------------------------------------------------------------------

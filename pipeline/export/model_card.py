@@ -31,14 +31,14 @@ _CURVES = ("loss", "ce", "kl", "vision", "balance", "z", "grad_norm", "lr")
 """Metrics of a training step that say how far the run came, in the order of the table."""
 
 
-def model_card(state: Facts, config: PreTrainedConfig, report: Facts, scores: Mapping[str, Facts] | None) -> str:
+def model_card(state: Facts, config: PreTrainedConfig, report: Facts, evaluated: Facts | None) -> str:
     """Text of the README.
 
     Args:
         state: the checkpoint's `state`: `about`, `fingerprint` (the job's settings) and `metrics`, as far as there.
         config: of the exported model.
         report: fields of `ExportReport`.
-        scores: by slice, what `evaluate` measured on exactly these weights; None: nothing.
+        evaluated: what `evaluate` wrote of exactly these weights: `metrics`, `scores` and `overall`; None: nothing.
     """
     about, job, metrics = (state.get(key) or {} for key in ("about", "fingerprint", "metrics"))
     loader = auto_class(config).__name__
@@ -50,7 +50,7 @@ def model_card(state: Facts, config: PreTrainedConfig, report: Facts, scores: Ma
         _table(_facts(about, config, report)),
         f"## Training step {report['step']}\n" if metrics else "",
         _table([(name, f"{metrics[name]:.6g}") for name in _CURVES if name in metrics]),
-        _evaluation(scores) if scores else "",
+        _evaluation(evaluated) if evaluated else "",
         USE.format(auto_class=loader),
     ]
     return "\n".join(part for part in parts if part)
@@ -92,15 +92,39 @@ def _facts(about: Facts, config: PreTrainedConfig, report: Facts) -> list[tuple[
     ]
 
 
-def _evaluation(scores: Mapping[str, Facts]) -> str:
-    rows = [
-        (part, f"{100 * s['mean']:.1f}", f"{100 * s['rouge_l']:.1f}", f"{s['n']:.0f}") for part, s in scores.items()
+def _evaluation(evaluated: Facts) -> str:
+    """A line for every metric, slice and task; nothing where nothing could be scored."""
+    rows, about = list[tuple[str, ...]](), list[str]()
+    for metric in evaluated["metrics"]:
+        groups = list(evaluated["scores"].get(metric["name"], {}).items())
+        if together := evaluated["overall"].get(metric["name"]):
+            groups.append(("all samples", together))
+        rows += [row for part, group in groups for row in _lines(metric, part, group)]
+        about += [f"- {metric['title']}, {metric['unit']}: {metric['about']}\n"] if groups else []
+    if not rows:
+        return ""
+    body = "".join(f"| {' | '.join(map(_cell, row))} |\n" for row in rows)
+    heads = "| metric | slice | task | value | answers |\n|---|---|---|--:|--:|\n"
+    return f"## Evaluation of these weights\n\n{''.join(about)}\n{heads}{body}"
+
+
+def _lines(metric: Facts, part: str, group: Facts) -> list[tuple[str, ...]]:
+    """A slice's value, and by task where there are several."""
+    tasks = group["tasks"] if len(group["tasks"]) > 1 else {}
+    named = {"all" if tasks else next(iter(group["tasks"]), "all"): group, **tasks}
+    return [
+        (f"{metric['title']}, {metric['unit']}", part, task, _shown(metric, found["value"]), str(found["n"]))
+        for task, found in named.items()
     ]
-    body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return (
-        "## Evaluation of these weights\n\nPer cent: mean of the tasks' objective scores, and ROUGE-L, a proxy.\n\n"
-        f"| slice | score | ROUGE-L | answers |\n|---|--:|--:|--:|\n{body}"
-    )
+
+
+def _shown(metric: Facts, value: float) -> str:
+    return f"{100 * value:.1f}" if metric["unit"] == "%" else f"{value:.4f}"
+
+
+def _cell(text: str) -> str:
+    """Names of slices and tasks are the data's own."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -267,13 +267,16 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def _scores(folder: Path, weights: str) -> dict[str, Any] | None:
-    """What `evaluate` scored with exactly these weights, by slice, if the checkpoint still lies in its run's folder."""
+    """The file in which `evaluate` scored exactly these weights, if the checkpoint still lies in its run's folder.
+
+    Files of before metrics had names are left alone: their numbers mean something else.
+    """
     run = folder.resolve().parents[3] if len(folder.resolve().parents) > 3 else folder  # run/jobs/NAME/checkpoints/step
     for path in sorted((run / "evaluation").glob("*.json")):
-        content = json.loads(path.read_text())
-        if content.get("identity", {}).get("weights") == weights and not content["blind"]:
-            scores: dict[str, Any] = content["scores"]
-            return scores
+        content: dict[str, Any] = json.loads(path.read_text())
+        same = content.get("identity", {}).get("weights") == weights and "metrics" in content
+        if same and not content["blind"]:
+            return content
     return None
 
 

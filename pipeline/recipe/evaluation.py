@@ -20,7 +20,7 @@ class EvaluationConfig(Section):
     rows: tuple[EvaluationRow, ...] = ()
     """Rows in order. The first is the teacher that ratios refer to."""
     limit: Positive | None = None
-    """Samples per task and slice; None: all of the test split."""
+    """Samples per task and slice, those without a gold answer counted apart; None: all of the test split."""
     batch_size: Positive = 8
     """Questions answered at once: an 8B model and eight long prompts fit a GPU of 40 GB. Latency is always timed at
     batch 1."""

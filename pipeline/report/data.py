@@ -17,6 +17,7 @@ from pipeline.benchmark.scoring import SLICES, TASKS, mentions, score_answer
 from pipeline.data.sample import Sample, load_image
 from pipeline.data.splits import open_split
 from pipeline.errors import UserError
+from pipeline.evaluation.metrics import SCENE_SCORE, in_order, rouge_l
 from pipeline.recipe import Recipe
 
 NUM_EXAMPLES = 6
@@ -39,6 +40,29 @@ class _Lenient(BaseModel):
 # -- what the files hold -----------------------------------------------------------------------------------------------
 
 
+class ResultMetric(_Lenient):
+    """A metric of the table; see `evaluation.metrics.Metric`."""
+
+    name: str
+    title: str
+    unit: str
+    lower_is_better: bool = False
+    about: str = ""
+
+
+class ResultValue(_Lenient):
+    """A metric's value over `n` answers."""
+
+    value: float
+    n: int
+
+
+class ResultGroup(ResultValue):
+    """The same of a slice, and by task."""
+
+    tasks: dict[str, ResultValue] = {}
+
+
 class ResultRow(_Lenient):
     """One line of the table."""
 
@@ -46,11 +70,10 @@ class ResultRow(_Lenient):
     slug: str
     model: str
     blind: bool = False
-    regular: float | None = None
-    corner: float | None = None
-    blind_regular: float | None = None
-    blind_corner: float | None = None
-    scores: dict[str, dict[str, float]] = {}
+    scores: dict[str, dict[str, ResultGroup]] = {}
+    """By metric and slice."""
+    overall: dict[str, ResultGroup] = {}
+    blind_scores: dict[str, dict[str, ResultGroup]] = {}
     params_total: int | None = None
     params_active: int | None = None
     ttft_ms: float | None = None
@@ -58,6 +81,11 @@ class ResultRow(_Lenient):
     e2e_ms: float | None = None
     speedup_vs_teacher: float | None = None
     cut: int = 0
+
+    def value(self, metric: str, part: str) -> float | None:
+        """A metric's value on a slice."""
+        group = self.scores.get(metric, {}).get(part)
+        return group.value if group else None
 
 
 class ResultBar(_Lenient):
@@ -67,17 +95,33 @@ class ResultBar(_Lenient):
     value: float | None = None
     target: float
     reached: bool
+    kind: str = ""
+    """blind, teacher or speed; see `evaluation.results.Bar`."""
+    metric: str | None = None
+    slice: str | None = None
 
 
 class Results(_Lenient):
     """`results.json`."""
 
+    metrics: tuple[ResultMetric, ...] = ()
     rows: tuple[ResultRow, ...] = ()
     bars: tuple[ResultBar, ...] = ()
     machine: dict[str, Any] = {}
     date: str = ""
     seed: int | None = None
+    notes: tuple[str, ...] = ()
+    """Which answers are in no score."""
     latency: dict[str, Any] = {}
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the answers are about drawn scenes, whose words have a score of their own."""
+        return any(metric.name == SCENE_SCORE.name for metric in self.metrics)
+
+    def slices(self, metric: str) -> list[str]:
+        """The slices that a metric has values of, in the table's order."""
+        return list(dict.fromkeys(part for row in self.rows for part in row.scores.get(metric, {})))
 
     @property
     def teacher(self) -> ResultRow | None:
@@ -109,7 +153,7 @@ class Verdict:
     who: str
     text: str
     mark: str
-    """good, part or bad."""
+    """good, part, bad, or none where it is in no score."""
     label: str
     notes: tuple[str, ...] = ()
     """What it left out or made up."""
@@ -134,6 +178,8 @@ class Example:
 def read_results(run_dir: Path) -> Results:
     """`results.json`. Raises Missing."""
     content = read_json(run_dir / "results.json", "the evaluation has not been run")
+    if content.get("rows") and "metrics" not in content:
+        raise Missing("results.json is of an earlier version, without scores by metric: run `clkd evaluate` again.")
     try:
         return Results.model_validate(content)
     except ValidationError as error:
@@ -158,35 +204,54 @@ def examples(recipe: Recipe, results: Results) -> list[Example]:
     chosen = _choose([s for s in samples if s.sample_id in common])
     if not chosen:
         raise Missing("There are no example frames: the answers belong to other data than the test split on disk.")
-    return [_example(sample, {name: by_id[sample.sample_id] for name, by_id in answers.items()}) for sample in chosen]
+    return [
+        _example(sample, {name: by_id[sample.sample_id] for name, by_id in answers.items()}, results.embedded)
+        for sample in chosen
+    ]
 
 
 def _choose(samples: Sequence[Sample]) -> list[Sample]:
-    """The first sample of every task and slice, then the next ones until there are NUM_EXAMPLES."""
-    wanted = [(part, task) for part in SLICES for task in TASKS]
+    """The first sample of every slice and task, then the next ones until there are NUM_EXAMPLES.
+
+    Of more slices and tasks than that, evenly spaced ones. Samples without a gold answer only where no other is left.
+    """
     first: dict[tuple[str, str], Sample] = {}
     for sample in samples:
-        first.setdefault((sample.slice, sample.task), sample)
-    chosen = [first[key] for key in wanted if key in first]
+        if sample.answer.strip():
+            first.setdefault((sample.slice, sample.task), sample)
+    slices, tasks = in_order({part for part, _ in first}, SLICES), in_order({task for _, task in first}, TASKS)
+    firsts = [first[part, task] for part in slices for task in tasks if (part, task) in first]
+    count = min(NUM_EXAMPLES, len(firsts))
+    chosen = [firsts[place * len(firsts) // count] for place in range(count)]
     taken = {sample.sample_id for sample in chosen}
-    rest = [sample for sample in samples if sample.sample_id not in taken]
+    rest = sorted((s for s in samples if s.sample_id not in taken), key=lambda s: not s.answer.strip())
     return (chosen + rest)[:NUM_EXAMPLES]
 
 
-def _example(sample: Sample, answers: Mapping[str, Answer]) -> Example:
-    verdicts = tuple(verdict(who, answer) for who, answer in answers.items())
+def _example(sample: Sample, answers: Mapping[str, Answer], embedded: bool) -> Example:
+    verdicts = tuple(verdict(who, answer, embedded=embedded) for who, answer in answers.items())
     return Example(sample.task, sample.slice, data_uri(sample), sample.prompt, sample.answer, verdicts)
 
 
-def verdict(who: str, answer: Answer) -> Verdict:
-    """The answer with its mark: correct, wrong, or the score in between."""
-    score = score_answer(answer.task, answer.prediction, answer.gold)
+def verdict(who: str, answer: Answer, *, embedded: bool) -> Verdict:
+    """The answer with its mark: of drawn scenes correct, wrong or the score in between; otherwise its ROUGE-L."""
+    score = _score(answer, embedded)
+    if score is None:
+        return Verdict(who, answer.prediction, "none", "not scored")
     mark = "good" if score >= 1.0 else "bad" if score <= 0.0 else "part"
-    label = {"good": "correct", "bad": "wrong"}.get(
-        mark, f"{'F1' if answer.task == 'general' else 'ROUGE-L'} {score:.2f}"
-    )
+    if not embedded:
+        return Verdict(who, answer.prediction, mark, f"ROUGE-L {score:.2f}")
+    label = {"good": "correct", "bad": "wrong"}.get(mark, f"F1 {score:.2f}")
     notes = _differences(answer) if answer.task == "general" else ()
     return Verdict(who, answer.prediction, mark, label, notes)
+
+
+def _score(answer: Answer, embedded: bool) -> float | None:
+    if not answer.gold.strip():
+        return None
+    if embedded:
+        return score_answer(answer.task, answer.prediction, answer.gold)
+    return rouge_l(answer.prediction, answer.gold)
 
 
 def _differences(answer: Answer) -> tuple[str, ...]:
@@ -227,7 +292,7 @@ def train_slices(recipe: Recipe) -> dict[str, str]:
     try:
         samples = open_split(recipe, recipe.data.train_split)
     except (UserError, OSError, ValueError) as error:
-        raise Missing(f"Corner and regular are not told apart: the training data cannot be read ({error}).") from None
+        raise Missing(f"Slices are not told apart: the training data cannot be read ({error}).") from None
     return dict(zip(samples.sample_ids, samples.words("slice"), strict=True))
 
 

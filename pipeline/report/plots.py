@@ -5,8 +5,10 @@ Shapes: S logged steps, L MoE layers, E experts, M samples.
 
 import io
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -24,10 +26,14 @@ INK, MUTED, HAIRLINE = "#1f2430", "#667085", "#e4e7ec"
 SLICE_COLOURS = {"regular": "#5b84b1", "corner": "#e08e45", "unknown": "#98a2b3"}
 ACCENT = "#4338ca"
 _JOB_COLOURS = ("#98a2b3", "#0d9488", "#c2578a", "#a16207", "#0284c7", "#64748b")
+_SLICE_COLOURS = ("#5b84b1", "#e08e45", "#3d9a8b", "#b25d8c", "#8f7a2e", "#7a6fc0")
 _TASK_COLOURS = ("#0d9488", "#8b6fb8", "#c2578a", "#a16207")
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#3f6fa6", "#a9c3de", "#f8f7f4", "#f0b98a", "#c4581f"])
 _HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 _BINS = 32
+_MOST_GROUPS = 8
+"""Tasks or slices that a histogram tells apart; the rarest beyond are drawn as one."""
+_OTHERS = "others"
 _MAX_HEAT_ROWS = 96
 _STYLE = {
     "font.size": 9.5,
@@ -50,6 +56,7 @@ _STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "lines.solid_capstyle": "round",
+    "text.parse_math": False,  # a slice or task may be called anything
     # Text stays text: selectable, small, in the page's own font (narrower than the one measured here).
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -115,47 +122,59 @@ def job_colours(count: int) -> list[str]:
     return [_JOB_COLOURS[i % len(_JOB_COLOURS)] for i in range(count - 1)] + [ACCENT] * (count > 0)
 
 
+def slice_colours(names: Sequence[str]) -> dict[str, str]:
+    """Every slice's colour; those of the drawn scenes keep theirs."""
+    known = {name: SLICE_COLOURS[name] for name in names if name in SLICE_COLOURS}
+    free = cycle([colour for colour in _SLICE_COLOURS if colour not in known.values()])
+    return {name: known.get(name) or next(free) for name in names}
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """One model's scores in [0, 1], with and without the image; None: not measured."""
+    """One model's values of a metric, one a slice, with and without the image; None: not measured."""
 
     name: str
-    regular: float | None
-    corner: float | None
-    blind_regular: float | None
-    blind_corner: float | None
+    values: Sequence[float | None]
+    blind: Sequence[float | None]
 
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
-def score_bars(rows: Sequence[ScoreRow]) -> str:
-    """Horizontal bars of each row's scores, in [0, 1], with a mark where the same model stands without the image.
+def score_bars(name: str, title: str, unit: str, colours: Mapping[str, str], rows: Sequence[ScoreRow]) -> str:
+    """Horizontal bars of each row's values, with a mark where the same model stands without the image.
 
-    The first row's scores continue as dotted lines.
+    The first row's values continue as dotted lines.
+
+    Args:
+        name: of the metric, for ids.
+        unit: `%` for values in [0, 1]; others are drawn as they are.
+        colours: of every slice, in order.
     """
-    figure, (axes,) = _figure(1, height=0.62 * len(rows) + 0.8)
-    for offset, part in enumerate(("regular", "corner")):
-        values = [row.regular if part == "regular" else row.corner for row in rows]
-        blind = [row.blind_regular if part == "regular" else row.blind_corner for row in rows]
-        y = np.arange(len(rows)) + (offset - 0.5) * 0.36
-        axes.barh(y, [v or 0.0 for v in values], height=0.32, color=SLICE_COLOURS[part], label=part)
+    step, share = 0.72 / len(colours), unit == "%"
+    figure, (axes,) = _figure(1, height=(0.2 * len(colours) + 0.22) * len(rows) + 0.8)
+    top = 1.0 if share else max((v for row in rows for v in (*row.values, *row.blind) if v is not None), default=1.0)
+    for place, (part, colour) in enumerate(colours.items()):
+        values, blind = [row.values[place] for row in rows], [row.blind[place] for row in rows]
+        y = np.arange(len(rows)) + (place - (len(colours) - 1) / 2) * step
+        axes.barh(y, [v or 0.0 for v in values], height=0.89 * step, color=colour, label=part)
         marks = [float("nan") if v is None else v for v in blind]
         axes.plot(marks, y, linestyle="", marker="|", markersize=11, markeredgewidth=2, color=INK,
-                  label=None if offset else "without the image")  # fmt: skip
-        for place, value in zip(y, values, strict=True):
-            text = "not measured" if value is None else f"{100 * value:.1f}"
-            axes.text((value or 0.0) + 0.006, place, text, va="center", fontsize=8.5, color=MUTED, bbox=_HALO)
+                  label=None if place else "without the image")  # fmt: skip
+        for height, value in zip(y, values, strict=True):
+            text = "not measured" if value is None else f"{100 * value:.1f}" if share else f"{value:.3f}"
+            axes.text((value or 0.0) + 0.006 * top, height, text, va="center", fontsize=8.5, color=MUTED, bbox=_HALO)
         first = values[0] if values else None
         if first is not None:
-            axes.axvline(first, color=SLICE_COLOURS[part], linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
+            axes.axvline(first, color=colour, linewidth=1.1, linestyle=(0, (1, 2)), zorder=0)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK, fontsize=10)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.06)
-    axes.set_xticks(np.linspace(0, 1, 6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlim(0, 1.06 * top or 1.0)
+    if share:
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="x")
     axes.spines["left"].set_visible(False)
-    figure.legend(loc="outside upper left", ncols=3, handlelength=1.0)
-    return _svg(figure, "scores", "Scores on regular and corner samples, one pair of bars per model")
+    figure.legend(loc="outside upper left", ncols=min(6, len(colours) + 1), handlelength=1.0)
+    return _svg(figure, f"scores-{name}", f"{title} by slice, one group of bars per model")
 
 
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
@@ -191,12 +210,12 @@ def hardness_histograms(views: Sequence[HardnessView]) -> str:
     top = max((float(v.hardness.max(initial=0.0)) for v in views), default=0.0)
     edges = np.linspace(0, min(1.0, 1.05 * top) or 1.0, _BINS + 1)
     for row, view in enumerate(views):
-        tasks = sorted(set(view.tasks))
-        colours = {task: _TASK_COLOURS[i % len(_TASK_COLOURS)] for i, task in enumerate(tasks)}
-        _histogram(axes[2 * row], f"{view.title}, by task", view.hardness, view.tasks, colours, edges)
-        slices = [s for s in SLICE_COLOURS if s in view.slices]
-        colours = {s: SLICE_COLOURS[s] for s in slices}
-        _histogram(axes[2 * row + 1], f"{view.title}, by slice", view.hardness, view.slices, colours, edges)
+        tasks, slices = _few(view.tasks), _few(view.slices)
+        colours = {task: _TASK_COLOURS[i % len(_TASK_COLOURS)] for i, task in enumerate(sorted(set(tasks)))}
+        _histogram(axes[2 * row], f"{view.title}, by task", view.hardness, tasks, colours, edges)
+        known = [name for name in SLICE_COLOURS if name in slices]
+        colours = slice_colours([*known, *sorted(set(slices) - set(known))])
+        _histogram(axes[2 * row + 1], f"{view.title}, by slice", view.hardness, slices, colours, edges)
     for panel in axes[-2:]:
         panel.set_xlabel("hardness")
     return _svg(figure, "hardness", "Distribution of sample hardness by task and by slice, before and after training")
@@ -320,6 +339,15 @@ def _histogram(
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y")
     axes.legend(fontsize=8.5, handlelength=1.0, borderaxespad=0.2)
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    """The names, with the rarest as one where there are more than a legend holds."""
+    counts = Counter(names)
+    if len(counts) <= _MOST_GROUPS:
+        return list(names)
+    kept = {name for name, _ in counts.most_common(_MOST_GROUPS - 1)}
+    return [name if name in kept else _OTHERS for name in names]
 
 
 def _heat_panel(axes: Axes, steps: Floats, load_SLE: Floats, *, labelled: bool) -> Any:

@@ -18,7 +18,9 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.benchmark.scoring import SLICES, TASKS
+from pipeline.benchmark.scoring import TASKS
+from pipeline.evaluation.metrics import NO_SLICE, in_order
+from pipeline.evaluation.results import TOGETHER, shown
 from pipeline.files import write_text
 from pipeline.recipe import Recipe, Reference
 from pipeline.report import plots
@@ -26,6 +28,8 @@ from pipeline.report.data import (
     Json,
     Missing,
     ResultBar,
+    ResultGroup,
+    ResultMetric,
     ResultRow,
     Results,
     examples,
@@ -38,15 +42,11 @@ from pipeline.report.plots import HardnessView, JobCurves
 from pipeline.training.metrics import read_metrics
 
 TEMPLATE = "template.html.j2"
-_NOT_TASKS = ("mean", "rouge_l", "n")
-_BAR_TITLES = {
-    "clkd_speedup": ("the teacher’s speed", "end to end, one question at a time"),
-    "clkd_vs_teacher_regular": ("of the teacher’s score", "on regular scenes"),
-    "clkd_vs_teacher_corner": ("of the teacher’s score", "on corner cases"),
-    "teacher_vs_blind_regular": ("the blind baseline’s score", "teacher, regular"),
-    "teacher_vs_blind_corner": ("the blind baseline’s score", "teacher, corner"),
-}
-"""Bars in the order shown: (unit, of what)."""
+_KINDS = ("speed", "teacher", "blind")
+"""Bars in the order shown."""
+_PLACES = {"regular": "regular scenes", "corner": "corner cases", NO_SLICE: TOGETHER}
+MOST_PLACES = 3
+"""Slices that the summary names one by one."""
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ def build(recipe: Recipe, command: str) -> str:
     curves = student_curves(recipe, known)
     parts = {
         "headline": results if isinstance(results, Missing) else known,
-        "scores": _try(lambda: _scores_figure(known)),
+        "scores": _try(lambda: _scores(known)),
         "examples": _try(lambda: examples(recipe, known)),
         "training": _try(lambda: _curves_figure(recipe, curves, plots.training_curves)),
         "schedules": _try(lambda: _curves_figure(recipe, curves, plots.schedule_curves)),
@@ -74,15 +74,16 @@ def build(recipe: Recipe, command: str) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"millions": _millions, "number": _number, "percent": _percent, "duration": plots.duration}
+    environment.filters |= {"shown": lambda group, unit: shown(unit, group.value if group else None), "head": _head}
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     return environment.get_template(TEMPLATE).render(
         parts=parts,
         results=known,
         headline=headline(known),
         summary=summary(known),
-        cards=cards(known.bars),
-        tasks=_tasks(known),
-        slices=SLICES,
+        cards=cards(known.bars, known.metrics),
+        table=table_metrics(known),
+        colours=plots.slice_colours(_all_slices(known)),
         command=command,
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=100),
     )
@@ -113,28 +114,57 @@ def summary(results: Results) -> str:
     if student is None:
         return f"{said}. No student has been evaluated yet."
     said += f", the student {_student_size(student)}."
-    ratios = [
-        f"{_percent(_floor(ratio, 3))} on {what}"
-        for part, what in (("regular", "regular scenes"), ("corner", "corner cases"))
-        if (ratio := _ratio(getattr(student, part), getattr(teacher, part))) is not None
-    ]
-    return f"{said} Of the teacher’s score, it reaches {' and '.join(ratios)}." if ratios else said
+    if not results.metrics:
+        return said
+    metric = results.metrics[0]
+    parts, name = results.slices(metric.name), metric.title
+    ratios = [(_place(p), _ratio(student.value(metric.name, p), teacher.value(metric.name, p))) for p in parts]
+    if len(parts) > MOST_PLACES and metric.name in student.overall and metric.name in teacher.overall:
+        both = student.overall[metric.name].value, teacher.overall[metric.name].value
+        ratios = [(TOGETHER, _ratio(*both))]
+    shares = [f"{_percent(_floor(ratio, 3))} on {place}" for place, ratio in ratios if ratio is not None]
+    return f"{said} Of the teacher’s {name}, it reaches {_enumerated(shares)}." if shares else said
 
 
-def cards(bars: Sequence[ResultBar]) -> list[Json]:
-    """The bars as big figures, known ones first and in a fixed order; the first three lead."""
-    order = list(_BAR_TITLES)
-    ranked = sorted(bars, key=lambda bar: order.index(bar.name) if bar.name in order else len(order))
-    return [_card(bar) for bar in ranked]
+def cards(bars: Sequence[ResultBar], metrics: Sequence[ResultMetric]) -> list[Json]:
+    """The bars as big figures, speed first, then those against the teacher; the first three lead."""
+    known = {metric.name: metric for metric in metrics}
+    ranked = sorted(bars, key=lambda bar: _KINDS.index(bar.kind) if bar.kind in _KINDS else len(_KINDS))
+    return [_card(bar, known.get(bar.metric or "")) for bar in ranked]
 
 
-def _card(bar: ResultBar) -> Json:
-    unit, what = _BAR_TITLES.get(bar.name, ("", bar.name.replace("_", " ")))
-    share = unit.startswith("of ")
-    shown = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
+def _card(bar: ResultBar, metric: ResultMetric | None) -> Json:
+    unit, what, share = _bar_words(bar, metric)
+    figure = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
     target = f"{100 * bar.target:g}%" if share else f"{bar.target:g}×"
     verdict = "reached" if bar.reached else "not measured" if bar.value is None else "missed"
-    return {"figure": shown, "unit": unit, "what": what, "target": target, "verdict": verdict}
+    return {"figure": figure, "unit": unit, "what": what, "target": target, "verdict": verdict}
+
+
+def _bar_words(bar: ResultBar, metric: ResultMetric | None) -> tuple[str, str, bool]:
+    """(unit, of what, whether the figure is a share) of a bar."""
+    title, place = metric.title if metric else bar.metric, _place(bar.slice or NO_SLICE)
+    if bar.kind == "speed":
+        return "the teacher’s speed", "end to end, one question at a time", False
+    if bar.kind == "blind":
+        return "the blind baseline’s score", f"teacher, {title}, {place}", False
+    if bar.kind == "teacher" and metric and metric.lower_is_better:
+        return f"teacher’s over student’s {title}", f"on {place}", True
+    if bar.kind == "teacher":
+        return f"of the teacher’s {title}", f"on {place}", True
+    return "", bar.name.replace("_", " "), False
+
+
+def table_metrics(results: Results) -> list[Json]:
+    """What the tables show of each metric that has values: its slices, whether all of them together, their tasks."""
+    shown_metrics = []
+    for metric in results.metrics:
+        slices, together = results.slices(metric.name), any(metric.name in row.overall for row in results.rows)
+        few = len(slices) <= MOST_PLACES or not together
+        if slices:
+            tasks = _tasks(results, metric.name)
+            shown_metrics.append({"metric": metric, "slices": slices, "together": together, "few": few, "tasks": tasks})
+    return shown_metrics
 
 
 def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
@@ -155,11 +185,32 @@ def student_curves(recipe: Recipe, results: Results) -> list[JobCurves]:
 # -- parts, each drawn from its files or Missing -----------------------------------------------------------------------
 
 
-def _scores_figure(results: Results) -> Markup:
+def _scores(results: Results) -> dict[str, Markup]:
+    """A figure for each metric, by its name."""
     if not results.rows:
         raise Missing("There are no scores to draw.")
-    rows = [plots.ScoreRow(r.name, r.regular, r.corner, r.blind_regular, r.blind_corner) for r in results.rows]
-    return Markup(plots.score_bars(rows))
+    figures = {
+        metric.name: _scores_figure(results, metric) for metric in results.metrics if results.slices(metric.name)
+    }
+    if not figures:
+        raise Missing("There are no scores to draw: no sample of the test split has a gold answer.")
+    return figures
+
+
+def _scores_figure(results: Results, metric: ResultMetric) -> Markup:
+    slices = results.slices(metric.name)
+    rows = [
+        plots.ScoreRow(
+            row.name,
+            [_value(row.scores.get(metric.name, {}).get(part)) for part in slices],
+            [_value(row.blind_scores.get(metric.name, {}).get(part)) for part in slices],
+        )
+        for row in results.rows
+    ]
+    colours = plots.slice_colours(_all_slices(results))
+    return Markup(
+        plots.score_bars(metric.name, metric.title, metric.unit, {_head(s): colours[s] for s in slices}, rows)
+    )
 
 
 def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:
@@ -242,9 +293,35 @@ def _try(make: Callable[[], T]) -> T | Missing:
         return Missing(f"This part cannot be drawn from the files as they are ({error}).")
 
 
-def _tasks(results: Results) -> list[str]:
-    found = {task for row in results.rows for scores in row.scores.values() for task in scores}
-    return [task for task in (*TASKS, *sorted(found - set(TASKS))) if task in found and task not in _NOT_TASKS]
+def _tasks(results: Results, metric: str) -> dict[str, list[str]]:
+    """The tasks of each slice, in order."""
+    found: dict[str, set[str]] = {}
+    for row in results.rows:
+        for part, group in row.scores.get(metric, {}).items():
+            found.setdefault(part, set()).update(group.tasks)
+    return {part: in_order(tasks, TASKS) for part, tasks in found.items()}
+
+
+def _all_slices(results: Results) -> list[str]:
+    return list(dict.fromkeys(part for metric in results.metrics for part in results.slices(metric.name)))
+
+
+def _value(group: ResultGroup | None) -> float | None:
+    return group.value if group else None
+
+
+def _head(part: str) -> str:
+    """A slice as a column's head."""
+    return TOGETHER if part == NO_SLICE else part
+
+
+def _place(part: str) -> str:
+    """A slice in a sentence."""
+    return _PLACES.get(part, part)
+
+
+def _enumerated(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _student_size(student: ResultRow) -> str:

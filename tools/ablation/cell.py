@@ -24,11 +24,11 @@ from pipeline.cli import main as clkd
 from pipeline.data.processor import Processor
 from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample
-from pipeline.errors import run_main
+from pipeline.errors import DataError, run_main
 from pipeline.evaluation import results
 from pipeline.evaluation.generate import answers, open_model
 from pipeline.evaluation.likelihood import gold_cross_entropy
-from pipeline.evaluation.stage import questions
+from pipeline.evaluation.stage import questions, with_gold
 from pipeline.files import write_json
 from pipeline.hardness.view import corner_shares
 from pipeline.method.hardness import HardnessTable
@@ -66,7 +66,7 @@ def scored(recipe: Recipe, model_dir: Path, split: str) -> Json:
     """Scores and gold cross-entropies of the split's questions, one record per sample, and the model's parameters."""
     data = recipe.data.model_copy(update={"test_split": getattr(recipe.data, f"{split}_split")})
     settings, processor = recipe.evaluation, Processor.load(recipe.processor_dir, recipe.data)
-    samples = questions(recipe.model_copy(update={"data": data}))
+    samples = with_gold(questions(recipe.model_copy(update={"data": data})))
     device = compute_device(recipe.run.device)
     torch.set_float32_matmul_precision("highest")
     model = open_model(model_dir, processor, device)
@@ -99,12 +99,18 @@ def summary(records: Sequence[Json]) -> dict[str, dict[str, float]]:
 
 
 def _record(sample: Sample, said: str, ce: tuple[float, int]) -> Json:
+    """A cell's data root is a part of the drawn scenes, so their own score applies."""
+    score = score_answer(sample.task, said, sample.answer)
+    if score is None:
+        raise DataError(
+            f"{sample.meta['record']}: its gold answer holds no word of the drawn scenes, which this is about."
+        )
     return {
         "sample_id": sample.sample_id,
         "scene": Path(sample.meta["record"]).stem,
         "task": sample.task,
         "slice": sample.slice,
-        "score": score_answer(sample.task, said, sample.answer),
+        "score": score,
         "nats": ce[0],
         "tokens": ce[1],
     }

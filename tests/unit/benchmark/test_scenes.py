@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.benchmark.art import render
 from pipeline.benchmark.scenes import write_scenes
-from pipeline.benchmark.scoring import action, mention_f1, mentions, score_all, score_answer
+from pipeline.benchmark.scoring import action, mention_f1, mentions, score_answer, score_answers
 from pipeline.benchmark.text import suggest
 from pipeline.benchmark.world import ACTIONS, HELD_OUT_COLOURS, HELD_OUT_WEATHER, decide, held_out_pairs, plan_scene
 from pipeline.data.readers import read_samples
@@ -147,11 +147,11 @@ def test_first_category_and_first_action_count():
     assert score_answer("suggestion", "stop, because", "slow down, because there is a stop sign") == 0.0
 
 
-def test_score_all_averages_tasks_within_slices():
+def test_the_scene_score_averages_the_tasks():
     rows = [
-        {"task": "region", "slice": "corner", "gold": "a bus", "prediction": "a bus"},
-        {"task": "region", "slice": "corner", "gold": "a bus", "prediction": "a car"},
-        {"task": "suggestion", "slice": "corner", "gold": "stop", "prediction": "stop"},
+        {"task": "region", "gold": "a bus", "prediction": "a bus"},
+        {"task": "region", "gold": "a bus", "prediction": "a car"},
+        {"task": "suggestion", "gold": "stop", "prediction": "stop"},
     ]
-    scores = score_all(rows)["corner"]
-    assert (scores["region"], scores["suggestion"], scores["mean"], scores["n"]) == (0.5, 1.0, 0.75, 3)
+    assert [score_answers(rows[:2]), score_answers(rows[2:])] == [(0.5, 2), (1.0, 1)]
+    assert score_answers(rows) == (0.75, 3)

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from pipeline.benchmark.scoring import action, class_f1, mention_f1, mentions, rouge_l, score_answer
+from pipeline.benchmark.scoring import action, class_f1, mention_f1, mentions, score_answer, score_answers
 from pipeline.benchmark.text import GROUP_TITLES, describe, suggest
 from pipeline.benchmark.world import ACTIONS, KINDS, pick_regions, plan_scene
 
@@ -100,5 +100,10 @@ def test_class_f1_equals_precision_and_recall_per_class():
     assert class_f1(texts) == pytest.approx(fmean(values))
 
 
-def test_gold_without_known_words_falls_back_to_rouge():
-    assert score_answer("region", "a grey wall", "a grey rock") == rouge_l("a grey wall", "a grey rock") < 1.0
+def test_gold_without_known_words_is_in_no_mean_and_not_counted():
+    golds = [("general", "nothing of note"), ("region", "a grey rock"), ("suggestion", "wait"), ("chat", "a bus")]
+    records = [{"task": task, "gold": gold, "prediction": gold} for task, gold in golds]
+    assert [score_answer(r["task"], r["prediction"], r["gold"]) for r in records] == [None] * 4
+    assert score_answers(records) == (None, 0)
+    known = {"task": "region", "gold": "a bus", "prediction": "a car"}
+    assert score_answers([*records, known]) == (0.0, 1)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from pipeline.benchmark.random_models import build
 from pipeline.cli import main as clkd
 from pipeline.data.collate import collate
-from pipeline.errors import ConfigError, DataError, UserError
+from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import generate, latency, results, stage
 from pipeline.evaluation.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts
 from pipeline.evaluation.latency import Timing
+from pipeline.evaluation.metrics import METRICS, SCENE_SCORE, rouge_l
 from pipeline.evaluation.results import Row, bars, cut_line
-from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples
+from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples, with_gold
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
 from pipeline.recipe import RandomModelConfig, UpcycleConfig, load_recipe
@@ -24,6 +26,8 @@ from tests.helpers import recipes
 from tests.helpers.tiny_data import corpus, make_processor, save_image
 
 SIZES = RandomModelConfig.model_validate(recipes.SIZES)
+OTHER = METRICS[1:]
+"""The metrics of data that are no drawn scenes."""
 TASKS, SLICES, NEW_TOKENS = ("general", "region", "suggestion"), ("regular", "corner"), 12
 CPU = torch.device("cpu")
 
@@ -179,7 +183,7 @@ def test_answers_without_an_end_count_as_cut(shared):
     answers(model, processor, samples, batch_size=5, max_new_tokens=NEW_TOKENS, cut=cut)
     tokens = {s.sample_id: hugging_face(model, single(processor, s), stops) for s in samples}
     assert cut == {sample_id for sample_id, ids in tokens.items() if len(ids) == NEW_TOKENS}
-    line = cut_line([row("teacher", 0.8, 0.5, cut=3), row("sft", 0.1, 0.1), row("kd", 0.1, 0.1, cut=1)], 40, 512)
+    line = cut_line([row("teacher", cut=3), row("sft"), row("kd", cut=1)], 40, 512)
     assert "max_new_tokens = 512, of 40 answers each" in line and line.endswith(": teacher 3, kd 1")
 
 
@@ -215,19 +219,52 @@ def test_the_limit_takes_the_first_ids_of_every_task_and_slice(run):
     assert {(s.task, s.slice) for s in timed_samples(every, 6)} == {(t, p) for t in TASKS for p in SLICES}
 
 
-def test_unanswered_samples_are_left_out_and_all_of_them_refused(run, tmp_path):
+def silenced(run, folder, count):
+    """The recipe with data whose first records have no answer, and no models or answers yet."""
     lines = [json.loads(line) for line in (run / "data/test.jsonl").read_text().splitlines()]
+    for i, line in enumerate(lines[:count]):
+        line["messages"] = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ""}]
+    (folder / "data").mkdir()
     for n in range(3):
-        (tmp_path / f"{n}.png").write_bytes((run / "data" / f"{n}.png").read_bytes())
-    recipe = load_recipe(run / "recipe.yaml", [f"data.root={tmp_path}"])
-    for silent, left in ((5, 19), (24, 0)):
-        for i, line in enumerate(lines[:silent]):
-            line["messages"] = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": ""}]
-        (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        if left:
-            assert len(questions(recipe)) == left
-    with pytest.raises(DataError, match=r"'test': none of its 24 samples has an answer"):
-        questions(recipe)
+        (folder / "data" / f"{n}.png").write_bytes((run / "data" / f"{n}.png").read_bytes())
+    (folder / "data/test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("models", "processor"):
+        (folder / name).symlink_to(run / name)
+    return load_recipe(run / "recipe.yaml", [f"run.dir={folder}", f"data.root={folder / 'data'}"])
+
+
+def test_samples_without_a_gold_answer_take_no_other_ones_place(run, tmp_path):
+    recipe = silenced(run, tmp_path, 5)
+    chosen = questions(recipe)
+    assert (len(chosen), len(with_gold(chosen))) == (24, 19)
+    limited = questions(changed(recipe, limit=3))
+    before = {s.sample_id for s in questions(changed(recipe, limit=3)) if s.answer}
+    golds = [s for s in chosen if s.answer]
+    for task in TASKS:
+        for part in SLICES:
+            group = sorted(s.sample_id for s in golds if (s.task, s.slice) == (task, part))
+            assert set(group[:3]) <= before and not set(group[3:]) & before
+    assert len(limited) - len(before) == 5, "at most three without an answer in each task and slice: all five"
+
+
+@pytest.mark.parametrize("count", [5, 24])
+def test_samples_without_a_gold_answer_are_answered_and_counted(run, tmp_path, capsys, count):
+    content = evaluate(silenced(run, tmp_path, count))
+    lines = [json.loads(line) for line in (tmp_path / "evaluation/teacher.jsonl").read_text().splitlines()]
+    silent = [line for line in lines if not line["gold"]]
+    assert {line["id"] for line in lines} == {str(i) for i in range(24)}
+    assert len(silent) == content["unanswered"] == count
+    assert any(line["prediction"] for line in silent)
+    teacher, said = content["rows"][0], capsys.readouterr().out
+    scored = [sum(group["n"] for group in teacher["scores"][name].values()) for name in ("rouge_l", "gold_ce")]
+    assert scored == [24 - count] * 2
+    if count == 24:
+        assert "none of the 24 samples has a gold answer: nothing can be scored" in said
+        assert [bar["name"] for bar in content["bars"]] == ["clkd_speedup"]
+        assert "ROUGE-L" not in said and "active / total" in said, "sizes and speed, and no empty columns"
+    else:
+        assert "5 of 24 samples have no gold answer: answered, in no score" in said
+        assert content["notes"][0] in said
 
 
 def test_every_timed_answer_has_the_forced_length_and_models_take_turns(shared, monkeypatch):
@@ -259,19 +296,32 @@ def test_ratios_are_taken_pair_by_pair():
     assert speeds["t"].e2e_ms == 30.0
 
 
-def row(name: str, regular: float | None, corner: float | None, speedup: float = 1.0, **changes) -> Row:
-    scores = {"regular": {"rouge_l": 0.123, "n": 3}} if regular is not None else {}
-    values = {"slug": name, "model": "jobs.teacher", "blind": False, "scores": scores, "params_total": 2_500_000,
-              "params_active": 1_250_000, "ttft_ms": 12.34, "tpot_ms": 1.5, "e2e_ms": 60.0}  # fmt: skip
-    values |= {"blind_regular": None, "blind_corner": None}
-    fields = {"name": name, "regular": regular, "corner": corner, "speedup_vs_teacher": speedup}
-    return Row(**(fields | values | changes))
+def group(value):
+    return {"value": value, "n": 3, "tasks": {"qa": {"value": value, "n": 3}}}
 
 
-def test_bars_by_hand():
-    rows = [row("teacher", 0.8, 0.5, blind_regular=0.4, blind_corner=0.3), row("sft", 0.1, 0.1, model="jobs.sft"),
-            row("clkd", 0.72, 0.55, speedup=2.5, model="jobs.clkd")]  # fmt: skip
-    measured = {bar.name: (bar.value, bar.target, bar.reached) for bar in bars(rows)}
+def by_slice(**values):
+    return {name: group(value) for name, value in values.items()}
+
+
+def row(name: str, scores=None, blind=None, speedup: float = 1.0, **changes) -> Row:
+    """`scores`, `blind`: {metric: {slice: value}}."""
+    given = {key: {m: by_slice(**v) for m, v in (of or {}).items()} for key, of in (("s", scores), ("b", blind))}
+    values = {"slug": name, "model": "jobs.teacher", "blind": False, "params_total": 2_500_000,
+              "params_active": 1_250_000, "ttft_ms": 12.34, "tpot_ms": 1.5, "e2e_ms": 60.0,
+              "scores": given["s"], "blind_scores": given["b"], "overall": {}}  # fmt: skip
+    return Row(**({"name": name, "speedup_vs_teacher": speedup} | values | changes))
+
+
+def scene(regular, corner):
+    return {"scene_score": {"regular": regular, "corner": corner}}
+
+
+def test_bars_of_drawn_scenes_by_hand():
+    rows = [row("teacher", scene(0.8, 0.5) | {"rouge_l": {"regular": 0.9}}, scene(0.4, 0.3)),
+            row("sft", scene(0.1, 0.1), model="jobs.sft"),
+            row("clkd", scene(0.72, 0.55) | {"rouge_l": {"regular": 0.1}}, speedup=2.5, model="jobs.clkd")]  # fmt: skip
+    measured = {bar.name: (bar.value, bar.target, bar.reached) for bar in bars(rows, METRICS)}
     assert measured == {
         "teacher_vs_blind_regular": (2.0, 2.0, True),
         "teacher_vs_blind_corner": (pytest.approx(0.5 / 0.3), 2.0, False),
@@ -279,30 +329,68 @@ def test_bars_by_hand():
         "clkd_vs_teacher_corner": (pytest.approx(1.1), 0.95, True),
         "clkd_speedup": (2.5, 2.0, True),
     }
-    text = results.bar_lines(bars(rows))
+    text = results.bar_lines(bars(rows, METRICS))
     assert [line.split()[-1] for line in text.splitlines()[1:]] == ["reached", "MISSED", "MISSED", "reached", "reached"]
 
 
+def test_bars_of_other_data_are_by_metric_and_slice_and_only_measured_ones():
+    teacher = row("teacher", {"rouge_l": {"day": 0.5, "night": 0.4}, "gold_ce": {"day": 1.9, "night": 1.5}})
+    student = row("clkd", {"rouge_l": {"day": 0.5, "night": 0.3}, "gold_ce": {"day": 2.0, "night": 2.0}}, speedup=1.5)
+    assert [(b.name, b.value, b.target, b.reached) for b in bars([teacher, student], OTHER)] == [
+        ("clkd_vs_teacher_rouge_l_day", 1.0, 0.95, True),
+        ("clkd_vs_teacher_rouge_l_night", pytest.approx(0.75), 0.95, False),
+        ("clkd_vs_teacher_gold_ce_day", pytest.approx(0.95), 0.95, True),
+        ("clkd_vs_teacher_gold_ce_night", pytest.approx(0.75), 0.95, False),
+        ("clkd_speedup", 1.5, 2.0, False),
+    ]
+    assert bars([teacher], OTHER) == []
+
+
 def test_bars_that_cannot_be_measured_are_not_reached():
-    alone = bars([row("teacher", 0.8, None)])
+    alone = bars([row("teacher", scene(0.8, 0.7))], [SCENE_SCORE])
     assert [(bar.value, bar.reached) for bar in alone] == [(None, False)] * 5
     assert "not measured" in results.bar_lines(alone)
-    zero = {b.name: b for b in bars([row("teacher", 0.8, 0.0, blind_regular=0.0, blind_corner=0.0)])}
+    zero = {b.name: b for b in bars([row("teacher", scene(0.8, 0.0), scene(0.0, 0.0))], METRICS)}
     assert (zero["teacher_vs_blind_regular"].value, zero["teacher_vs_blind_regular"].reached) == (None, True)
     nothing = zero["teacher_vs_blind_corner"]
     assert (nothing.value, nothing.reached) == (0.0, False), "0 is not twice 0, and it was measured"
-    blind_student = bars([row("teacher", 0.8, 0.8), row("other, blind", 0.1, 0.1, blind=True, model="jobs.x")])
+    blind_row = replace(row("other, blind", scene(0.1, 0.1)), blind=True)
+    blind_student = bars([row("teacher", scene(0.8, 0.8)), blind_row], METRICS)
     assert blind_student[-1].value is None, "a blind row is no student"
 
 
-def test_the_table_is_aligned():
-    lines = results.table(
-        [row("teacher", 0.8, None), row("a longer name", 0.456, 0.1, speedup=2.0, blind_regular=0.2)]
-    ).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[2].split() == ["a", "longer", "name", "45.6", "10.0", "20.0", "-", "12.3", "-", "1.25", "/",
-                                "2.50", "M", "12.3", "1.50", "60.0", "2.00x"]  # fmt: skip
-    assert lines[1].split()[1:3] == ["80.0", "-"]
+def test_every_metric_has_an_aligned_block_with_the_slices_that_are_there():
+    scores = {"rouge_l": {"day": 0.456, "night": 0.1}, "gold_ce": {"day": 1.25, "night": 2.5}}
+    rows = [
+        row("teacher", scores, {"rouge_l": {"day": 0.2, "night": 0.0}}, overall={"rouge_l": group(0.3)}),
+        row("a longer name", scores, speedup=2.0),
+    ]
+    rouge, ce, speed = (block.splitlines() for block in results.table(rows, METRICS).split("\n\n"))
+    for block in (rouge, ce, speed):
+        assert len({len(line) for line in block}) == 1
+    columns = [head.strip() for head in rouge[0].split("  ") if head]
+    assert columns == ["ROUGE-L, %", "day", "night", "all samples", "day (blind)", "night (blind)"]
+    assert rouge[1].split() == ["teacher", "45.6", "10.0", "30.0", "20.0", "0.0"]
+    assert ce[0].split()[:6] == ["gold", "cross-entropy,", "nats", "a", "token", "day"]
+    assert ce[2].split()[3:5] == ["1.2500", "2.5000"]
+    assert speed[2].split() == ["a", "longer", "name", "1.25", "/", "2.50", "M", "12.3", "1.50", "60.0", "2.00x"]
+
+
+def test_data_without_slices_have_one_column_and_no_dashes():
+    one = {"rouge_l": {"unknown": 0.5}, "gold_ce": {"unknown": 1.5}}
+    text = results.table([row("teacher", one, one), row("student", one, one)], OTHER)
+    assert text.splitlines()[0].split("  ")[-2:] == ["all samples", "all samples (blind)"]
+    assert not any("-" in line.split() for line in text.splitlines())
+    assert "unknown" not in text
+
+
+def test_gold_answers_that_a_metric_cannot_score_are_said():
+    few = {"scene_score": {"regular": 0.5}, "rouge_l": {"regular": 0.5}, "gold_ce": {"regular": 1.0}}
+    scores = row("teacher", few).scores
+    scores["rouge_l"]["regular"]["n"] = scores["gold_ce"]["regular"]["n"] = 5
+    assert results.gold_lines(scores, METRICS, 5, 0) == [
+        "scene score: 2 of 5 gold answers hold nothing that it knows: in no score"
+    ]
 
 
 def test_the_stage_writes_what_it_prints(first):
@@ -312,9 +400,10 @@ def test_the_stage_writes_what_it_prints(first):
     assert [r["slug"] for r in content["rows"]] == ["teacher", "teacher_blind", "moe_student_clkd"]
     assert [r["blind"] for r in content["rows"]] == [False, True, False]
     assert teacher["speedup_vs_teacher"] == 1.0
-    assert (teacher["blind_regular"], teacher["blind_corner"]) == (blind["regular"], blind["corner"])
+    assert [metric["name"] for metric in content["metrics"]] == ["rouge_l", "gold_ce"], "no drawn scenes"
+    assert teacher["blind_scores"] == blind["scores"] != teacher["scores"]
     alone = json.loads((folder / "evaluation" / "moe_student_clkd_blind.json").read_text())
-    assert alone["blind"] and alone["scores"]["corner"]["mean"] == moe["blind_corner"]
+    assert alone["blind"] and alone["scores"] == moe["blind_scores"]
     assert all(teacher[key] == blind[key] for key in ("ttft_ms", "tpot_ms", "e2e_ms", "params_total")), "one model"
     assert moe["params_active"] < moe["params_total"]
     assert content["seed"] == 7
@@ -325,12 +414,49 @@ def test_the_stage_writes_what_it_prints(first):
         assert record["scores"] == line["scores"]
         assert line["cut"] == record["cut"] == sum(s["cut"] for s in record["samples"])
         assert {(s["task"], s["slice"]) for s in record["samples"]} == {(t, p) for t in TASKS for p in SLICES}
-        assert line["regular"] == pytest.approx(sum(line["scores"]["regular"][t] for t in TASKS) / 3)
+        corner = [s for s in record["samples"] if s["slice"] == "corner"]
+        assert list(line["scores"]["rouge_l"]) == list(SLICES)
+        assert line["scores"]["rouge_l"]["corner"]["value"] == pytest.approx(
+            sum(rouge_l(s["prediction"], s["gold"]) for s in corner) / len(corner)
+        )
+        handed_in = [json.loads(x) for x in (folder / "evaluation" / f"{line['slug']}.jsonl").read_text().splitlines()]
+        for told, kept in zip(handed_in, record["samples"], strict=True):
+            assert told == {key: value for key, value in kept.items() if key not in ("nats", "tokens")}
+        assert {told["id"] for told in handed_in} == {str(i) for i in range(24)}
     timings = json.loads((folder / "evaluation/latency.json").read_text())["timings"]
     assert {name: len(rows) for name, rows in timings.items()} == {"models.teacher": 4, "models.moe": 4}
     assert "MoE student CLKD" in printed
     assert "clkd_speedup" in printed
     assert "32 forced new tokens, 2 samples x 2 repeats, 1 thread(s), expert loop of MoE models: by_expert" in printed
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_gold_cross_entropy_of_a_slice_is_transformers_own_over_all_its_tokens(first, shared, blind):
+    slug = "teacher_blind" if blind else "teacher"
+    scores = json.loads((first[0] / "evaluation" / f"{slug}.json").read_text())["scores"]["gold_ce"]
+    model, processor = load_model(first[0] / "models/teacher").eval(), shared.processor
+    nats, tokens = dict.fromkeys(SLICES, 0.0), dict.fromkeys(SLICES, 0)
+    for sample in shared.samples:
+        alone = dict(collate([processor.encode(sample, blind=blind)], processor.pad_id, processor.image_token_id))
+        count = int((alone["labels"] != -100).sum())
+        with torch.no_grad():
+            nats[sample.slice] += count * float(model(**alone).loss)
+        tokens[sample.slice] += count
+    for name in SLICES:
+        assert scores[name]["value"] == pytest.approx(nats[name] / tokens[name], rel=1e-4)
+
+
+def test_answers_of_an_earlier_version_are_made_anew(evaluated, opened):
+    path = evaluated.run.dir / "evaluation/teacher.json"
+    content = json.loads(path.read_text())
+    stored = content["samples"]
+    content["scores"] = {"regular": {"mean": 1.0, "rouge_l": 1.0, "n": 12}}
+    content["samples"] = [{k: v for k, v in s.items() if k not in ("nats", "tokens", "id")} for s in stored]
+    del content["identity"]["format"]
+    path.write_text(json.dumps(content))
+    evaluate(evaluated)
+    assert opened == ["teacher"]
+    assert json.loads(path.read_text())["samples"] == stored
 
 
 @pytest.fixture
@@ -390,11 +516,11 @@ def test_new_weights_are_evaluated_anew(evaluated, run, opened):
 
 
 def test_rescoring_does_not_need_the_models(evaluated, opened, monkeypatch):
-    recipe = evaluated
-    monkeypatch.setattr(stage, "score_all", lambda records: {"regular": {"mean": 0.25}, "corner": {"mean": 0.75}})
-    assert {(r["regular"], r["corner"]) for r in evaluate(recipe)["rows"]} == {(0.25, 0.75)}
+    made_up = {"rouge_l": {"night": {"value": 0.25, "n": 1, "tasks": {}}}}
+    monkeypatch.setattr(stage, "score_all", lambda metrics, records: made_up)
+    assert all(r["scores"] == r["blind_scores"] == made_up for r in evaluate(evaluated)["rows"])
     assert opened == []
-    assert json.loads((recipe.run.dir / "evaluation/teacher.json").read_text())["scores"]["corner"]["mean"] == 0.75
+    assert json.loads((evaluated.run.dir / "evaluation/teacher.json").read_text())["scores"] == made_up
 
 
 def test_all_missing_models_are_named_before_anything_runs(run, tmp_path):

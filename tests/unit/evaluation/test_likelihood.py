@@ -14,7 +14,8 @@ TEXT = TextSize(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_a
 VISION = VisionSize(hidden_size=32, intermediate_size=48, depth=1, num_heads=2)
 
 
-def test_padded_batches_give_what_transformers_gives_for_each_sample_alone(tmp_path):
+@pytest.mark.parametrize("blind", [False, True])
+def test_padded_batches_give_what_transformers_gives_for_each_sample_alone(tmp_path, blind):
     processor = make_processor(tmp_path / "processor")
     samples = corpus(save_image(tmp_path / "a.png", 64, 64))[:7]
     model = build(RandomModelConfig(text=TEXT, vision=VISION), processor, 0).eval()
@@ -23,10 +24,10 @@ def test_padded_batches_give_what_transformers_gives_for_each_sample_alone(tmp_p
         if parameter.ndim > 1 and "embed" not in name:
             torch.nn.init.normal_(parameter, std=0.3)  # answers differ in how likely they are
     done = []
-    found = gold_cross_entropy(model, processor, samples, batch_size=3, on_progress=done.append)
+    found = gold_cross_entropy(model, processor, samples, batch_size=3, blind=blind, on_progress=done.append)
     assert done == [3, 3, 1]
     for sample in samples:
-        alone = dict(collate([processor.encode(sample)], processor.pad_id, processor.image_token_id))
+        alone = dict(collate([processor.encode(sample, blind=blind)], processor.pad_id, processor.image_token_id))
         with torch.no_grad():
             mean = float(model(**alone).loss)
         nats, tokens = found[sample.sample_id]

@@ -101,13 +101,23 @@ def test_the_card_has_the_runs_figures(trained: tuple[Recipe, Any]) -> None:
     recipe, _ = trained
     report = export.write_model(recipe, "x")
     weights = weights_hash(recipe.model_dir("jobs.x"))
-    scores = {"corner": {"mean": 0.625, "rouge_l": 0.5, "n": 30}}
+    metrics = [
+        {"name": "rouge_l", "title": "ROUGE-L", "unit": "%", "about": "Words in common."},
+        {"name": "gold_ce", "title": "gold cross-entropy", "unit": "nats a token", "about": "Lower is better."},
+    ]
     folder = recipe.run.dir / "evaluation"
     folder.mkdir()
     for name, digest, blind in (("other", "0" * 32, False), ("x-blind", weights, True), ("x", weights, False)):
-        mean = {"corner": {**scores["corner"], "mean": 0.625 if name == "x" else 0.9}}
-        content = {"identity": {"weights": digest}, "blind": blind, "scores": mean}
+        value = 0.625 if name == "x" else 0.9
+        tasks = {task: {"value": value, "n": 15} for task in ("qa", "a|b")}
+        night = {"value": value, "n": 30, "tasks": tasks}
+        day = {"value": 1.5, "n": 10, "tasks": {"qa": {"value": 1.5, "n": 10}}}
+        scores = {"rouge_l": {"night": night}, "gold_ce": {"day": day}}
+        content = {"identity": {"weights": digest}, "blind": blind, "metrics": metrics, "scores": scores}
+        content["overall"] = {"rouge_l": {"value": 0.55, "n": 40, "tasks": {}}}
         (folder / f"{name}.json").write_text(json.dumps(content))
+    older = {"identity": {"weights": weights}, "blind": False, "scores": {"corner": {"mean": 0.9, "rouge_l": 0.9}}}
+    (folder / "a.json").write_text(json.dumps(older))
     export.write_model(recipe, "x")
     card = (recipe.model_dir("jobs.x") / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n\n# x\n")
@@ -120,7 +130,10 @@ def test_the_card_has_the_runs_figures(trained: tuple[Recipe, Any]) -> None:
         f"float32, step 2, xxh3-128 {weights}",
         "split Train, 40 samples",
         "| loss | 1.25 |",
-        "| corner | 62.5 | 50.0 | 30 |",
+        "| ROUGE-L, % | night | all | 62.5 | 30 |\n| ROUGE-L, % | night | qa | 62.5 | 15 |",
+        "| ROUGE-L, % | night | a\\|b | 62.5 | 15 |\n| ROUGE-L, % | all samples | all | 55.0 | 40 |",
+        "| gold cross-entropy, nats a token | day | qa | 1.5000 | 10 |",
+        "- ROUGE-L, %: Words in common.",
         "## Licence",
     ):
         assert fact in card, fact

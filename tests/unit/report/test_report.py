@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from pipeline.benchmark.scenes import write_scenes
-from pipeline.benchmark.scoring import SLICES, TASKS, score_all
+from pipeline.benchmark.scoring import SLICES, TASKS
 from pipeline.cli import main as clkd
 from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample, load_image
 from pipeline.evaluation import results
+from pipeline.evaluation.metrics import METRICS, score_all, score_together
 from pipeline.evaluation.results import Row
 from pipeline.method.curriculum import competence, tilt
 from pipeline.method.hardness import HardnessTable
@@ -27,7 +28,7 @@ from pipeline.method.release import release_alpha
 from pipeline.recipe import ScenesConfig, load_recipe
 from pipeline.report import plots as report_plots
 from pipeline.report import stage as report
-from pipeline.report.data import Answer, ResultBar, verdict
+from pipeline.report.data import NUM_EXAMPLES, Answer, ResultBar, ResultMetric, _choose, verdict
 from pipeline.training.metrics import MetricsLogger
 from tests.helpers import recipes
 
@@ -35,6 +36,7 @@ STEPS = 150
 RECIPE = recipes.reported(Path("unused"), STEPS)
 SKILL = (0.9, 0.3, 0.72, 0.76, 0.83, 0.88)
 """Chance that each row's model gives the gold answer."""
+EARLIER = json.dumps({"rows": [{"name": "teacher", "slug": "t", "model": "m", "regular": 0.9, "scores": {}}]})
 
 
 def write_run(folder: Path) -> Path:
@@ -66,19 +68,23 @@ def write_evaluation(run: Path, samples: Sequence[Sample]) -> None:
                 "prompt": s.prompt,
                 "gold": s.answer,
                 "prediction": s.answer if rng.random() < SKILL[position] else rng.choice(samples).answer,
+                "nats": 20 * (1.1 - SKILL[position]) + rng.random(),
+                "tokens": 10,
             }
             for s in samples
         ]
         (run / "evaluation" / f"{slug}.json").write_text(json.dumps({"samples": records}))
-        scores = score_all(records)
-        means = (scores["regular"]["mean"], scores["corner"]["mean"], 0.12, 0.08)
+        scores, overall = score_all(METRICS, records), score_together(METRICS, records)
+        blind_records = [record | {"prediction": "a tram", "nats": 25.0} for record in records]
+        scored = (scores, overall, score_all(METRICS, blind_records))
         size = (5_700_000, 5_700_000) if position < 2 else (2_400_000, 1_900_000)
         speed = (41.0, 9.1, 322.0, 1.0) if position < 2 else (17.0, 4.2, 147.0, 2.19)
         blind = config.get("blind", False)
-        rows.append(Row(config["name"], slug, config["model"], blind, *means, scores, *size, *speed))
+        rows.append(Row(config["name"], slug, config["model"], blind, *scored, *size, *speed))
     content = {
+        "metrics": [metric.described() for metric in METRICS],
         "rows": [asdict(row) for row in rows],
-        "bars": [asdict(bar) for bar in results.bars(rows)],
+        "bars": [asdict(bar) for bar in results.bars(rows, METRICS)],
         "machine": {"cpu": "A processor", "cores": 2, "accelerator": None, "torch": "2.13.0"},
         "date": "2026-11-24T10:00:00+00:00",
         "seed": 7,
@@ -136,6 +142,7 @@ class Page(HTMLParser):
         self.stack: list[str] = []
         self.attributes: list[tuple[str, str, str]] = []
         self.texts: list[str] = []
+        self.html = html
         self.feed(html)
         self.text = " ".join(" ".join(self.texts).split())
 
@@ -190,7 +197,9 @@ def test_ids_are_unique_and_references_resolve(page: Page) -> None:
 def test_headline_and_bars_are_those_of_the_results(whole: Path, page: Page) -> None:
     content = json.loads((whole.parent / "run" / "results.json").read_text())
     teacher, student = content["rows"][0], content["rows"][-1]
-    assert f"{np.floor(1000 * student['corner'] / teacher['corner']) / 10:.1f}% on corner cases" in page.text
+    values = [row["scores"]["scene_score"]["corner"]["value"] for row in (student, teacher)]
+    assert f"{np.floor(1000 * values[0] / values[1]) / 10:.1f}% on corner cases." in page.text
+    assert "Of the teacher’s scene score, it reaches" in page.text
     assert "answers 2.19 times as fast" in page.text
     assert "2.19× the teacher’s speed" in page.text
     assert "5.70 million" in page.text
@@ -203,12 +212,20 @@ def test_headline_and_bars_are_those_of_the_results(whole: Path, page: Page) -> 
 
 def test_a_bar_missed_by_a_hair_does_not_read_as_reached() -> None:
     bars = [
-        ResultBar(name="clkd_vs_teacher_corner", value=0.9496, target=0.95, reached=False),
-        ResultBar(name="clkd_speedup", value=1.999, target=2.0, reached=False),
-        ResultBar(name="clkd_vs_teacher_regular", target=0.95, reached=False),
+        ResultBar(name="a", kind="teacher", metric="m", slice="corner", value=0.9496, target=0.95, reached=False),
+        ResultBar(name="b", kind="speed", value=1.999, target=2.0, reached=False),
+        ResultBar(name="c", kind="teacher", metric="m", slice="night", target=0.95, reached=False),
     ]
-    shown = [(card["figure"], card["target"], card["verdict"]) for card in report.cards(bars)]
-    assert shown == [("1.99×", "2×", "missed"), ("–", "95%", "not measured"), ("94.9%", "95%", "missed")]
+    cards = report.cards(bars, [ResultMetric(name="m", title="ROUGE-L", unit="%")])
+    assert [(card["figure"], card["target"], card["verdict"]) for card in cards] == [
+        ("1.99×", "2×", "missed"),
+        ("94.9%", "95%", "missed"),
+        ("–", "95%", "not measured"),
+    ]
+    assert [(card["unit"], card["what"]) for card in cards[1:]] == [
+        ("of the teacher’s ROUGE-L", "on corner cases"),
+        ("of the teacher’s ROUGE-L", "on night"),
+    ]
 
 
 def test_frames_show_every_task_and_slice_as_the_models_see_them(whole: Path, page: Page) -> None:
@@ -225,7 +242,7 @@ def test_frames_show_every_task_and_slice_as_the_models_see_them(whole: Path, pa
 
 def test_all_figures_are_there(page: Page) -> None:
     labels = [v for tag, key, v in page.attributes if (tag, key) == ("svg", "aria-label")]
-    assert len(labels) == 6
+    assert len(labels) == 5 + len(METRICS)
     assert "There is no" not in page.text
 
 
@@ -274,8 +291,9 @@ def test_what_is_missing_is_said(whole: Path, sentences: dict[str, str]) -> None
             "stages.json": ("{}", "No stage has recorded"),
             "hardness.parquet": ("no parquet", "The hardness table hardness.parquet cannot be read"),
         },
-        {"results.json": ('{"rows": [{"name": "teacher"}]}', "is not a result table: rows.0.slug")},
+        {"results.json": ('{"metrics": [], "rows": [{"name": "teacher"}]}', "is not a result table: rows.0.slug")},
         {"results.json": ("[]", "does not hold a JSON object")},
+        {"results.json": (EARLIER, "is of an earlier version, without scores by metric: run `clkd evaluate` again")},
         {
             "evaluation/teacher.json": ('{"samples": [{"sample_id": "a"}]}', "teacher.json is broken"),
             "jobs/clkd/metrics.jsonl": ('{"step": 5, "loss": 1.0}\n{"step": 10, "lo', "Training of the students"),
@@ -319,13 +337,138 @@ def test_answers_are_text_and_never_markup(whole: Path) -> None:
         ("general", "a car and a bus", "a bus. a car.", "good", "correct", ()),
         ("region", "a fallen tree far ahead", "a bus near ahead", "bad", "wrong", ()),
         ("suggestion", "keep speed, because x", "keep speed", "good", "correct", ()),
-        ("chat", "one two three four", "one two", "part", "ROUGE-L 0.67", ()),
+        ("suggestion", "", "keep speed", "none", "not scored", ()),
     ],
 )
-def test_verdicts(task: str, gold: str, prediction: str, mark: str, label: str, notes: tuple[str, ...]) -> None:
-    answer = Answer(sample_id="a", task=task, prompt="?", gold=gold, prediction=prediction)
-    found = verdict("student", answer)
+def test_verdicts_on_drawn_scenes(
+    task: str, gold: str, prediction: str, mark: str, label: str, notes: tuple[str, ...]
+) -> None:
+    found = verdict("student", answered(task, gold, prediction), embedded=True)
     assert (found.mark, found.label, found.notes) == (mark, label, notes)
+
+
+@pytest.mark.parametrize(
+    ("task", "gold", "prediction", "mark", "label"),
+    [
+        ("suggestion", "There is no need to stop here", "Stop.", "part", "ROUGE-L 0.25"),
+        ("general", "a car and a bus", "a car, a truck", "part", "ROUGE-L 0.67"),
+        ("qa", "one two three four", "one two", "part", "ROUGE-L 0.67"),
+        ("qa", "", "one two", "none", "not scored"),
+    ],
+)
+def test_verdicts_on_other_data_say_what_was_measured(
+    task: str, gold: str, prediction: str, mark: str, label: str
+) -> None:
+    found = verdict("student", answered(task, gold, prediction), embedded=False)
+    assert (found.mark, found.label, found.notes) == (mark, label, ())
+
+
+def answered(task: str, gold: str, prediction: str) -> Answer:
+    return Answer(sample_id="a", task=task, prompt="?", gold=gold, prediction=prediction)
+
+
+# -- data of one's own: any slices and tasks ---------------------------------------------------------------------------
+
+
+def other_results(slices: Mapping[str, Sequence[str]], **changes: object) -> str:
+    """results.json of two models on data whose slices have these tasks."""
+    rows = []
+    for position, name in enumerate(("teacher", "student")):
+        records = [
+            {"slice": part, "task": task, "gold": "a b c d", "prediction": "a b c d"[: 7 - 2 * (number % 2)],
+             "nats": 8.0 + position, "tokens": 4}
+            for part, tasks in slices.items() for number, task in enumerate(tasks)
+        ]  # fmt: skip
+        scores = score_all(METRICS[1:], records), score_together(METRICS[1:], records), score_all(METRICS[1:], records)
+        rows.append(Row(name, name, f"models.{name}", False, *scores, 2_000_000, 1_000_000, 1.0, 1.0, 3.0, 1.5))
+    content = {
+        "metrics": [metric.described() for metric in METRICS[1:]],
+        "rows": [asdict(row) for row in rows],
+        "bars": [asdict(bar) for bar in results.bars(rows, METRICS[1:])],
+        "notes": [],
+    }
+    return json.dumps(content | changes)
+
+
+def heads(page: Page) -> list[str]:
+    """Texts of all cells of tables' heads."""
+    return re.findall(r"<th[^>]*>(.*?)</th>", page.html)
+
+
+def test_the_page_has_the_slices_and_tasks_that_are_there(whole: Path) -> None:
+    names = {"night": ("qa", "caption"), "day & $x_1$": ("qa", "caption")}
+    with changed(whole.parent / "run", {"results.json": other_results(names)}):
+        page = rebuild(whole)
+    assert page.stack == []
+    found = heads(page)
+    for name in ("night", "day &amp; $x_1$"):
+        assert found.count(name) == 2 * 2, "in the results and without the image, of either metric"
+        assert found.count(f"{name} (2 answers)") == 2
+    assert (found.count("qa"), found.count("caption")) == (4, 4)
+    assert not {"regular", "corner", "general", "scene score, %"} & set(found)
+    assert "on night" in page.text and "gold cross-entropy, nats a token" in page.text
+    labels = [v for tag, key, v in page.attributes if (tag, key) == ("svg", "aria-label")]
+    assert [label for label in labels if "by slice, one group" in label] == [
+        "ROUGE-L by slice, one group of bars per model",
+        "gold cross-entropy by slice, one group of bars per model",
+    ]
+    drawn = [re.sub(r"<[^>]+>", "", text) for text in re.findall(r"<text.*?</text>", page.html)]
+    assert "day &amp; $x_1$" in drawn, "a slice's name is no formula"
+
+
+def test_data_without_slices_have_one_column_and_no_dashes(whole: Path) -> None:
+    with changed(whole.parent / "run", {"results.json": other_results({"unknown": ("qa",)})}):
+        page = rebuild(whole)
+    tables = page.html.split("<table>")[1:]
+    assert len(tables) == 3
+    for table in tables:
+        assert not [cell for cell in re.findall(r"<td[^>]*>(.*?)</td>", table) if cell.strip()[:1] in "–-"]
+    assert heads(page).count("all samples") == 2 * 2
+    assert "it reaches 100.0% on all samples." in page.text
+
+
+def test_many_slices_are_summed_up_in_the_first_table(whole: Path) -> None:
+    names = {f"s{i}": ("qa",) for i in range(8)}
+    with changed(whole.parent / "run", {"results.json": other_results(names)}):
+        page = rebuild(whole)
+    first = page.html.split("<table>")[1].split("</thead>")[0]
+    assert re.findall(r"<th>([^<]*)</th>", first)[1:5] == ["model", "all samples", "all samples", "active"]
+    assert "it reaches 100.0% on all samples." in page.text
+    assert "s7 (1 answers)" in page.text
+
+
+def test_a_split_without_gold_answers_says_so(whole: Path) -> None:
+    note = "none of the 4 samples has a gold answer: nothing can be scored"
+    with changed(whole.parent / "run", {"results.json": other_results({}, notes=[note])}):
+        page = rebuild(whole)
+    assert note in page.text
+    assert "no sample of the test split has a gold answer" in page.text
+
+
+def test_examples_are_of_evenly_spaced_slices_and_have_a_gold_answer() -> None:
+    def sample(number: int, part: str, task: str, gold: str = "yes") -> Sample:
+        return Sample(str(number), (), "?", gold, task, part)
+
+    many = [sample(i, f"s{i:02}", "qa") for i in range(12)]
+    assert [s.slice for s in _choose(many)] == ["s00", "s02", "s04", "s06", "s08", "s10"]
+    few = [sample(0, "a", "qa", ""), sample(1, "a", "qa"), sample(2, "b", "qa", ""), sample(3, "a", "qa")]
+    assert [s.sample_id for s in _choose(few)] == ["1", "3", "0", "2"]
+    assert [s.sample_id for s in _choose([sample(i, "a", "qa", "") for i in range(9)])] == list("012345")
+    assert len(_choose(many)) == NUM_EXAMPLES
+
+
+def test_colours_of_slices_do_not_repeat_before_they_must() -> None:
+    colours = report_plots.slice_colours(["corner", "regular", "unknown", "a", "b", "c", "d"])
+    assert len(set(colours.values())) == 7
+    assert colours["corner"] == report_plots.SLICE_COLOURS["corner"]
+
+
+def test_rare_groups_of_a_histogram_are_drawn_as_one() -> None:
+    names = [f"t{i}" for i in range(9) for _ in range(9 - i)]
+    few = report_plots._few(names)
+    assert sorted(set(few)) == ["others", *(f"t{i}" for i in range(7))]
+    assert few.count("others") == 2 + 1
+    assert report_plots._few(names[:-1]) == names[:-1], "eight are told apart"
 
 
 def test_running_mean_equals_a_plain_loop() -> None:
