@@ -155,7 +155,7 @@ def _submit(add: Add) -> None:
 
 
 def _changes(add: Add) -> None:
-    add("--change-settings", action="store_true", help="go on from checkpoints with other lr, clipping, ...")
+    add("--change-settings", action="store_true", help="go on from checkpoints with other lr, clipping, ..., samples")
 
 
 def _record(add: Add) -> None:

@@ -6,11 +6,11 @@ word embeddings to name what its cell of the image shows. Real vision towers hav
 a model loaded from a checkpoint needs none of this. The labels come from the `objects` that the scenes write into their
 records.
 
-Shapes: B images, C cells (image tokens) of all images, D decoder width, V vocabulary.
+Shapes: B images, C cells (image tokens) of all images, c some of them, D decoder width, V vocabulary.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -80,15 +80,21 @@ def _covers(box: Sequence[float], frame: Sequence[float]) -> bool:
     return _overlap(box, frame) > MIN_OVERLAP * min(frame[2] * frame[3], box[2] * box[3])
 
 
-def cell_loss(features_CD: Tensor, embeddings_VD: Tensor, targets_CV: Tensor, num_images: int) -> Tensor:
-    """Sum over images of the (weighted) mean cross-entropy between cells' words and their tokens' logits. [ours]
+def cell_loss(targets_CV: Tensor, num_images: int) -> Callable[[slice, Tensor], Tensor]:
+    """A loss of some cells' logits over the words; over all cells it is the sum over images of the (weighted) mean
+    cross-entropy between a cell's words and its token's logits. [ours]
 
     All images of a call have the same number of cells.
     """
-    log_q_CV = torch.log_softmax((features_CD @ embeddings_VD.T).float(), dim=-1)[:, : targets_CV.shape[1]]
-    loss_BC = -(targets_CV * log_q_CV).sum(-1).view(num_images, -1)
     weight_BC = torch.where(targets_CV.max(-1).values < 1, OBJECT_WEIGHT, 1.0).view(num_images, -1)
-    return ((weight_BC * loss_BC).sum(-1) / weight_BC.sum(-1)).sum()
+    share_C = (weight_BC / weight_BC.sum(-1, keepdim=True)).flatten()
+
+    def loss(cells: slice, logits_cV: Tensor) -> Tensor:
+        # The model's vocabulary may be padded beyond the tokenizer's.
+        log_q_cV = torch.log_softmax(logits_cV.float(), dim=-1)[:, : targets_CV.shape[1]]
+        return -(share_C[cells] * (targets_CV[cells] * log_q_cV).sum(-1)).sum()
+
+    return loss
 
 
 class VisionProbe:

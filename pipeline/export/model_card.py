@@ -71,12 +71,17 @@ def _training(about: Facts, job: Facts) -> str:
 def _incidents(state: Facts) -> str:
     """Dropped steps and changed settings, if there were any."""
     lines = [
-        f"From step {c['step'] + 1} on {c['setting']} was {c['after']}, {c['before']} before."
+        f"From step {c['step'] + 1} on {c['setting']} was {c['after']}, {c['before']} before{_counts(c)}."
         for c in state.get("changes", [])
     ]
     if dropped := state.get("bad_steps"):
         lines.append(f"{dropped} steps with a loss or gradient that is not finite changed nothing.")
     return " ".join(lines) + "\n" if lines else ""
+
+
+def _counts(change: Facts) -> str:
+    """Of samples, of which there may be as many as before."""
+    return f" ({change['added']:,} added, {change['removed']:,} removed)" if "added" in change else ""
 
 
 def _facts(about: Facts, config: PreTrainedConfig, report: Facts) -> list[tuple[str, str]]:

@@ -218,13 +218,7 @@ class HardnessTable:
 
     def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Restore what `arrays` gave. CheckpointError if that was a table of another length or of an older version."""
-        for key in CHANGING:
-            saved = arrays.get(f"hardness/{key}")
-            if saved is None:
-                raise CheckpointError(
-                    f"the checkpoint has no hardness/{key}: an older version wrote it. Train under another job name. "
-                    "Nothing was changed."
-                )
+        for saved in _columns(arrays).values():
             if saved.shape != (len(self),):
                 raise CheckpointError(
                     f"the checkpoint's hardness table has {len(saved)} samples, this run's has {len(self)}. Resume "
@@ -232,6 +226,30 @@ class HardnessTable:
                 )
         for key in CHANGING:
             getattr(self, key)[:] = arrays[f"hardness/{key}"]
+
+    def carry(self, arrays: Mapping[str, NDArray[Any]], place: Indices, untrained: Indices) -> None:
+        """Take over what `arrays` of a table of other samples says of those that are in both; the others stay as new.
+
+        Args:
+            place: where each of this table's samples is in the other one; -1: it is not there.
+            untrained: places in the other one that were drawn and will not be trained on after all; one may come
+                several times. These draws do not count; a sample's last window is then not known any more, which lets
+                the sweep take it the earlier.
+
+        Raises:
+            CheckpointError: an older version wrote the arrays.
+        """
+        saved = _columns(arrays)
+        drawn, times = np.unique(untrained, return_counts=True)
+        visits = saved["visits"] = saved["visits"].copy()
+        visits[drawn] -= np.minimum(times, visits[drawn]).astype(visits.dtype)
+        last_window = saved["last_window"] = saved["last_window"].copy()
+        last_window[drawn] = NEVER
+        for start in range(0, len(self), ROWS):
+            block = place[start : start + ROWS]
+            known = block >= 0
+            for key, column in saved.items():
+                getattr(self, key)[start : start + ROWS][known] = column[block[known]]
 
     def save(self, path: Path, origin: str = "") -> None:
         """Write a Parquet file that people can open, atomically. `origin`: digest of the store behind the priors.
@@ -297,6 +315,17 @@ def decay(oldest: int, half_life: float) -> NDArray[np.float64]:
     """2^(-age / half_life) of the ages 0 to `oldest`, f64: products of one root, the same on every machine."""
     root = float(Decimal(2) ** (-1 / Decimal(half_life))) if half_life < float("inf") else 1.0
     return np.cumprod(np.concatenate([[1.0], np.full(oldest, root)]))
+
+
+def _columns(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What a checkpoint has of a table, by column."""
+    for key in CHANGING:
+        if f"hardness/{key}" not in arrays:
+            raise CheckpointError(
+                f"the checkpoint has no hardness/{key}: an older version wrote it. Train under another job name. "
+                "Nothing was changed."
+            )
+    return {key: arrays[f"hardness/{key}"] for key in CHANGING}
 
 
 def table_origin(path: Path) -> str | None:

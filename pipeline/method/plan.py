@@ -5,6 +5,9 @@ of `window_steps`. The first is planned when the job starts. Every other one is 
 of the window before are trained, **from the table as it stands before step `end - lead`**: scores of the last `lead`
 steps come too late for it. The table is not copied: scores that arrive meanwhile wait (`HardnessTable.freeze`).
 
+A job that goes on with other samples than its checkpoint's plans the rest of the window it is in, from the step it goes
+on at, as a window of that length; nothing of the plan before is kept.
+
 A window's order and the hardness percentiles it was planned from are kept in the checkpoint, and the next window's as
 well once its planning has begun. So a resumed job goes on bit for bit although the table has changed since.
 """
@@ -67,11 +70,10 @@ class WindowPlan:
         if self.start <= step < self.end:
             return
         self.settle(table)
-        # A job resumed inside a window plans the whole of it: windows begin at fixed steps.
-        start = step - step % self.window_steps
+        # Windows begin at fixed steps, but for a job that goes on with other samples: it plans the rest of a window.
         if self._next is None:
-            self._next = self._drawn(self._plan(start, tau, step, table), start, table)
-        self.start, self.end, self.current, self._next = start, start + self.window_steps, self._next, None
+            self._next = self._drawn(self._plan(step, tau, step, table), step, table)
+        self.start, self.end, self.current, self._next = step, step + self._steps_from(step), self._next, None
 
     def look_ahead(self, step: int, tau: float, table: HardnessTable | None) -> None:
         """Begin to plan the next window, if `step`, which is about to be trained, is the step to begin at.
@@ -116,6 +118,11 @@ class WindowPlan:
         if "plan/next/index" in arrays:
             self._next = Order(arrays["plan/next/index"], arrays["plan/next/percentile"])
 
+    def untrained(self, step: int, state: Mapping[str, int], arrays: Mapping[str, NDArray[Any]]) -> Indices:
+        """What `state_dict` and `arrays` gave and is not trained after `step` steps, the next window included."""
+        rest = arrays["plan/index"][(step - state["start"]) * self.batch_size :]
+        return np.concatenate([rest, arrays.get("plan/next/index", rest[:0])])
+
     def _drawn(self, order: Order, start: int, table: HardnessTable | None) -> Order:
         if table is not None:
             table.draw(order.index, start // self.window_steps)
@@ -123,7 +130,7 @@ class WindowPlan:
 
     def _plan(self, start: int, tau: float, step: int, table: HardnessTable | None) -> Order:
         """The window from step `start` on, by the table before `step`. Reads the table, changes nothing."""
-        size = self.window_steps * self.batch_size
+        size = self._steps_from(start) * self.batch_size
         if table is None:
             index = curriculum.uniform_order(self.num_samples, self.seed, start * self.batch_size, size)
             return Order(index, np.full(size, 0.5, np.float32))
@@ -135,8 +142,15 @@ class WindowPlan:
         else:
             window = self._window(start, tau, size, self.settings)
             columns = table.visits, table.last_window, table.stratum
-            index = curriculum.plan_window(ranks, *columns, window, self.seed)
+            # A window's rest has random numbers of its own: with the window's, samples that it had first would come
+            # first again.
+            seed = self.seed + start if start % self.window_steps else self.seed
+            index = curriculum.plan_window(ranks, *columns, window, seed)
         return Order(index, ranks.of(table.stratum, index))
+
+    def _steps_from(self, start: int) -> int:
+        """Steps until the next window begins."""
+        return self.window_steps - start % self.window_steps
 
     def _window(self, start: int, tau: float, size: int, settings: CurriculumConfig) -> curriculum.Window:
         competence = curriculum.competence(tau, settings.competence_start, settings.competence_until)

@@ -5,9 +5,8 @@ It is made from files of the run, takes in what every step measures, and is part
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Processor
@@ -17,10 +16,12 @@ from pipeline.method.hardness import HardnessTable
 from pipeline.method.losses import WeightNormaliser
 from pipeline.method.release import ClosingGap
 from pipeline.method.schedules import Schedules
+from pipeline.models import checkpoint_folder
 from pipeline.recipe import AdaptiveConfig, JobConfig, Recipe
-from pipeline.targets.identity import dataset_fingerprint, known_identity
+from pipeline.targets.identity import known_identity
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
+from pipeline.training.data_change import TrainingData
 from pipeline.training.process import from_first_rank
 from pipeline.training.step import StepStats
 from pipeline.training.validation_gap import GapProbe, hold_out
@@ -40,13 +41,15 @@ class Distillation:
     """Stays empty unless the release is adaptive."""
     probe: GapProbe | None
     """What measures the gap, for an adaptive release."""
+    held_out: Sequence[str]
+    """Ids of the samples that it measures; none without it."""
     normaliser: WeightNormaliser
     """Of the KL's token weights."""
     feature_normaliser: WeightNormaliser
 
     @classmethod
     def open(
-        cls, recipe: Recipe, job: JobConfig, processor: Processor, samples: Sequence[Sample]
+        cls, recipe: Recipe, name: str, job: JobConfig, processor: Processor, data: TrainingData
     ) -> "Distillation | None":
         """Everything the job reads from a teacher, checked against its samples; None for plain SFT.
 
@@ -59,21 +62,24 @@ class Distillation:
         # The first rank asks: to tell the teacher may take reading all of its weights.
         identity = from_first_rank(lambda: known_identity(recipe, processor))
         store = SoftTargetStore.open(recipe.store_url, identity)
+        samples = data.samples
         ids = sample_ids(samples)
-        store.require(ids, dataset_fingerprint(samples))
+        store.require(ids, data.fingerprint)
         table = _table(recipe, job, ids)
         sketches = None
         if job.distill is not None and job.distill.active_features is not None:
             sketches = SketchStore.open(recipe.store_url, identity)
         adaptive = job.distill.adaptive if job.distill else AdaptiveConfig()
-        probe = None
+        probe, held_ids = None, list[str]()
         if len(Schedules(job).gap_steps()):
-            samples, held_out = hold_out(samples, adaptive.samples, recipe.run.seed)
+            before = from_first_rank(lambda: _held_before(recipe.job_dir(name)))
+            samples, held_out = hold_out(samples, adaptive.samples, recipe.run.seed, before)
+            held_ids = list(sample_ids(held_out))
             table = table.subset(list(sample_ids(samples)))
             size, temperature = job.batch.micro_size, recipe.targets.temperature
             probe = GapProbe(held_out, processor, store, micro_batch_size=size, temperature=temperature)
         gap = ClosingGap(adaptive.ema)
-        return cls(samples, store, table, sketches, gap, probe, WeightNormaliser(), WeightNormaliser())
+        return cls(samples, store, table, sketches, gap, probe, held_ids, WeightNormaliser(), WeightNormaliser())
 
     def learn(self, stats: StepStats, step: int, job: JobConfig, most: int, device: Any) -> None:
         """Take in what a step measured: weights, and with a dynamic table the scores of all ranks' samples.
@@ -97,14 +103,20 @@ class Distillation:
             "normaliser": self.normaliser.state_dict(),
             "gap": self.gap.state_dict(),
             "feature_normaliser": self.feature_normaliser.state_dict(),
+            "held_out": list(self.held_out),
         }
 
-    def load(self, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Restore from the checkpoint."""
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; the table is restored by itself."""
         self.normaliser.load_state_dict(state["normaliser"])
         self.gap.load_state_dict(state["gap"])
         self.feature_normaliser.load_state_dict(state["feature_normaliser"])
-        self.table.load_arrays(arrays)
+
+
+def _held_before(job_dir: Path) -> list[str] | None:
+    """Ids that the job's newest checkpoint says were held out; None if there are none, or no checkpoint."""
+    newest = checkpoint_folder.latest(job_dir / "checkpoints")
+    return None if newest is None else checkpoint_folder.read_meta(newest)["state"].get("held_out") or None
 
 
 def _table(recipe: Recipe, job: JobConfig, ids: Sequence[str]) -> HardnessTable:

@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch.distributed as dist
+from torch import nn
 
 from pipeline.models import deepspeed_config, moe, native_moe, topology
 from pipeline.models.families import moe_layers
@@ -36,6 +37,12 @@ def start(model: Any, job: JobConfig, ds_json: Mapping[str, Any]) -> Any:
         assert layer.ep_rank == dist.get_rank(group=layer.ep_group), "DeepSpeed grouped the ranks in another order"
     gradients.prepare(engine)
     return engine
+
+
+def whole(parameter: nn.Parameter) -> contextlib.AbstractContextManager[None]:
+    """ZeRO-3 has a parameter in parts outside its module: whole while the context is open. Collective under ZeRO-3."""
+    gathered: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters([parameter])
+    return gathered
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What befell a job besides training: steps that were dropped, and settings that a person changed on the way."""
+"""What befell a job besides training: steps that were dropped, and settings or samples that changed on the way."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,10 @@ class Incidents:
         self.bad_steps = 0
         """Steps dropped since the job's first start."""
         self.changes: list[dict[str, Any]] = []
-        """Of every changed setting: `step` (done before), `setting`, `before`, `after`."""
+        """Of every changed setting: `step` (done before), `setting`, `before`, `after`.
+
+        Of changed samples too, as the setting `samples`, with `added` and `removed`.
+        """
 
     def drop(self, step: int, what: str, value: float, suspects: Sequence[str]) -> None:
         """Count a dropped step and write it down. Collective.
@@ -69,13 +72,14 @@ class Incidents:
         )
 
     def change(self, step: int, changes: Sequence[Mapping[str, Any]]) -> None:
-        """Take note of settings that are others from `step` on."""
+        """Take note of settings, or samples, that are others from `step` on."""
         self.changes += [{"step": step, **change} for change in changes]
         if dist.get_rank() == 0:
             for change in changes:
+                counts = f" ({change['added']:,} added, {change['removed']:,} removed)" if "added" in change else ""
                 print(
                     f"job {self.name!r}, from step {step + 1} on: {change['setting']} {change['before']!r} -> "
-                    f"{change['after']!r}"
+                    f"{change['after']!r}{counts}"
                 )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a job is, in its checkpoint: the settings that define its result, and what a model card says of it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,30 +39,34 @@ def settings(recipe: Recipe, name: str) -> dict[str, Any]:
     return values | {"seed": recipe.run.seed, "word_alignment": recipe.word_alignment(name)}
 
 
-def changes(job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool) -> list[dict[str, Any]]:
+def changes(
+    job_dir: Path, saved: Mapping[str, Any], ours: Mapping[str, Any], *, allowed: bool, others: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """What the recipe says otherwise than a job's checkpoint: `setting`, `before` and `after` of each.
 
     Args:
-        allowed: whether the user said that settings may change; those in CHANGEABLE then may.
+        allowed: whether the user said that settings may change; those in CHANGEABLE then may, and the samples.
+        others: lines about samples that are not the checkpoint's.
 
     Raises:
-        UserError: with both values of every setting, when one differs that may not.
+        UserError: with both values of every setting and with `others`, when something differs that may not.
     """
     lines = differences(saved, ours, ("checkpoint", "recipe"))
     names = [line.partition(":")[0] for line in lines]
     fixed = [name for name in names if name not in CHANGEABLE]
-    if fixed or (names and not allowed):
+    if fixed or ((names or others) and not allowed):
+        what = " and ".join(["settings"] * bool(names) + ["samples"] * bool(others))
         raise UserError(
-            f"{job_dir}: this job was started with other settings.{listed(lines)}\n"
-            f"Restore them, or train under another job name{_way_out(names, fixed)}. Nothing was changed."
+            f"{job_dir}: this job was started with other {what}.{listed([*lines, *others])}\n"
+            f"Restore them, or train under another job name{_way_out(names, fixed, others)}. Nothing was changed."
         )
     return [{"setting": name, "before": _value(saved, name), "after": _value(ours, name)} for name in names]
 
 
-def _way_out(names: list[str], fixed: list[str]) -> str:
+def _way_out(names: list[str], fixed: list[str], others: Sequence[str]) -> str:
     if not fixed:
         return "; or start with --change-settings to go on from the checkpoint with the new ones"
-    free = [name for name in names if name not in fixed]
+    free = [name for name in names if name not in fixed] + ["other samples"] * bool(others)
     return f". Of these, --change-settings allows {', '.join(free)} alone" if free else ""
 
 

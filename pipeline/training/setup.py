@@ -23,7 +23,9 @@ from pipeline.models.checkpoint_folder import Template
 from pipeline.models.families import moe_layers
 from pipeline.models.router import RouterProbe
 from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
+from pipeline.targets.identity import dataset_fingerprint
 from pipeline.training import engine
+from pipeline.training.data_change import TrainingData
 from pipeline.training.distillation import Distillation
 from pipeline.training.export_probe import ExportProbe
 from pipeline.training.incidents import Incidents
@@ -39,6 +41,8 @@ class Setup:
     """Of the job."""
     job: JobConfig
     processor: Processor
+    data: TrainingData
+    """The whole training split; checkpoints say which it was."""
     samples: Sequence[Sample]
     """Those trained on; the plan's and the table's indices point into them."""
     distillation: Distillation | None
@@ -88,10 +92,11 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         UserError: data, teacher's files, model or settings are missing, broken or do not fit each other.
     """
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    samples: Sequence[Sample] = from_first_rank(lambda: open_training_split(recipe))
+    split = from_first_rank(lambda: open_training_split(recipe))
+    data = TrainingData(split, dataset_fingerprint(split))
     # An adaptive release holds some samples out.
-    distillation = Distillation.open(recipe, job, processor, samples)
-    samples = distillation.samples if distillation else samples
+    distillation = Distillation.open(recipe, name, job, processor, data)
+    samples = distillation.samples if distillation else split
     model_engine = _engine(recipe, name, job, ds_json, processor, distillation)
     model, has_experts = model_engine.module, bool(moe_layers(model_engine.module.config))
     aligned = recipe.word_alignment(name) > 0
@@ -101,6 +106,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         name=name,
         job=job,
         processor=processor,
+        data=data,
         samples=samples,
         distillation=distillation,
         schedules=Schedules(job),

@@ -20,11 +20,12 @@ from torch import Tensor
 from pipeline.benchmark.word_alignment import VisionProbe, cell_loss
 from pipeline.method import losses
 from pipeline.method.features import SETTING, HiddenStates, gather, mapped
-from pipeline.method.fused_head import FusedHead, fused_distillation_loss
+from pipeline.method.fused_head import CHUNK_ELEMENTS, FusedHead, fused_distillation_loss, linear_loss
 from pipeline.method.losses import DistillationTerms, FeatureTerms
 from pipeline.method.pooling import instance_scores
 from pipeline.models import router
 from pipeline.recipe import FeatureConfig, JobConfig
+from pipeline.training import engine
 from pipeline.training.batches import MicroBatch
 
 # -- what a step sums --------------------------------------------------------------------------------------------------
@@ -216,10 +217,14 @@ def _feature_terms(context: StepContext, hidden_BSD: Tensor, micro: MicroBatch, 
 
 
 def _vision_loss(context: StepContext, features_CD: Tensor, micro: MicroBatch, stats: StepStats) -> Tensor:
-    """Word alignment of image tokens: mean over the images of the global batch."""
-    embeddings_VD = context.engine.module.get_input_embeddings().weight
+    """Word alignment of image tokens: mean over the images of the global batch. Collective under ZeRO-3."""
+    weight_VD = context.engine.module.get_input_embeddings().weight
     assert micro.cells_CV is not None
-    loss = cell_loss(features_CD, embeddings_VD, micro.cells_CV, len(micro.sample_ids))
+    cells = cell_loss(micro.cells_CV, len(micro.sample_ids))
+    # The gradients are computed along with the loss, so backward, where the weight is in parts again, does not read it.
+    with engine.whole(weight_VD):
+        rows = max(1, CHUNK_ELEMENTS // len(weight_VD))
+        loss = linear_loss(features_CD, weight_VD, cells, rows, rows)
     stats.add(vision=loss.detach())
     return context.word_alignment * loss / context.job.batch.global_size
 

@@ -27,19 +27,42 @@ from pipeline.targets.store import SoftTargetStore
 from pipeline.training.batches import MicroBatch, MicroBatches, Request
 
 
-def hold_out(samples: Sequence[Sample], count: int, seed: int) -> tuple[Sequence[Sample], Sequence[Sample]]:
+def hold_out(
+    samples: Sequence[Sample], count: int, seed: int, before: Sequence[str] | None = None
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
     """(samples to train on, `count` held-out ones), both in the order given; a function of ids and seed alone.
 
+    Args:
+        before: ids that the job has held out so far. They stay held out as far as they are still there, and no other
+            sample takes the place of those that are not: the job may have trained on it.
+
     Raises:
-        UserError: more than half of the samples would be held out.
+        UserError: more than half of the samples would be held out; or none of those from before is left.
     """
+    if before is not None:
+        return _split(samples, _still_there(samples, before))
     if 2 * count > len(samples):
         raise UserError(
             f"release: adaptive holds out {count} samples, more than half of the {len(samples)} of the training split. "
             "Set distill.adaptive.samples lower. Nothing was started."
         )
     keys = (xxhash.xxh3_64_intdigest(f"{seed}\n{sample_id}") for sample_id in sample_ids(samples))
-    held = {place for _, place in heapq.nsmallest(count, zip(keys, range(len(samples)), strict=True))}
+    return _split(samples, {i for _, i in heapq.nsmallest(count, zip(keys, range(len(samples)), strict=True))})
+
+
+def _still_there(samples: Sequence[Sample], before: Sequence[str]) -> set[int]:
+    wanted = set(before)
+    held = {place for place, sample_id in enumerate(sample_ids(samples)) if sample_id in wanted}
+    if not held:
+        raise UserError(
+            f"release: adaptive measures the {len(wanted)} samples that this job has held out from its start, and none "
+            "of them is in the training split any more. Restore some, or train under another job name. Nothing was "
+            "started."
+        )
+    return held
+
+
+def _split(samples: Sequence[Sample], held: set[int]) -> tuple[Sequence[Sample], Sequence[Sample]]:
     return select(samples, (i for i in range(len(samples)) if i not in held)), select(samples, sorted(held))
 
 

@@ -64,7 +64,7 @@ def save(recipe: Recipe, engine: Any, step: int) -> Path:
     template = export.template_files(recipe.model_dir(recipe.jobs["x"].init), recipe.processor_dir)
     state = {
         "about": train.about(recipe, "x", 40),
-        "fingerprint": train.settings(recipe, "x") | {"num_samples": 40},
+        "fingerprint": train.settings(recipe, "x"),
         **STATE,
     }
     return checkpoint.save(engine, recipe.job_dir("x") / "checkpoints", step, state, {}, 1, template)

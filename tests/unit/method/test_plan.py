@@ -33,6 +33,15 @@ def walk(plan, table, steps, start=0):
     return batches
 
 
+def walk_until(plan, table, start, stop):
+    """As `walk`, of a job of 12 steps that is stopped."""
+    for step in range(start, stop):
+        plan.refresh(step, step / 12, table)
+        index, _ = plan.batch(step)
+        plan.look_ahead(step, plan.end / 12, table)
+        table.update(index, np.full(len(index), (step % 5) / 5, np.float32), step, 0.7)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
 def test_ranks_together_see_the_same_global_order(world):
     shares = [np.concatenate(curriculum.rank_share(BATCH, r, world, 1)) for r in range(world)]
@@ -59,11 +68,7 @@ def test_each_share_is_cut_into_micro_batches_of_the_same_samples(world, micro):
 def test_resuming_at_any_step_gives_the_same_order(stop):
     whole = walk(make_plan(), make_table(), 12)
     plan, table = make_plan(), make_table()
-    for step in range(stop):
-        plan.refresh(step, step / 12, table)
-        index, _ = plan.batch(step)
-        plan.look_ahead(step, plan.end / 12, table)
-        table.update(index, np.full(len(index), (step % 5) / 5, np.float32), step, 0.7)
+    walk_until(plan, table, 0, stop)
     plan.settle(table)
     resumed, again = make_plan(), make_table()
     resumed.load(plan.state_dict(), plan.arrays())
@@ -91,3 +96,66 @@ def test_without_curriculum_every_epoch_visits_every_sample_once():
         plan.refresh(step, step / 10, None)
         seen += plan.batch(step)[0].tolist()
     assert sorted(seen) == list(range(COUNT))
+
+
+# -- a job that goes on with other samples -----------------------------------------------------------------------------
+
+
+def other_samples(step):
+    """(plan, table) of a job that goes on at a step with other samples."""
+    table = make_table(3)
+    table.draw(np.arange(0, COUNT, 2), 0)
+    plan = make_plan()
+    plan.refresh(step, step / 12, table)
+    return plan, table
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 6])
+def test_the_rest_of_a_window_is_planned_from_its_step_on(step):
+    plan, table = other_samples(step)
+    end = step - step % WINDOW + WINDOW
+    assert plan.state_dict() == {"start": step, "end": end}
+    order = plan.current.index
+    assert len(order) == len(set(order.tolist())) == (end - step) * BATCH
+    assert np.array_equal(plan.batch(step)[0], order[:BATCH]) and np.array_equal(plan.batch(end - 1)[0], order[-BATCH:])
+    assert int(table.visits.sum()) == COUNT // 2 + len(order)
+    assert (table.last_window[order] == step // WINDOW).all()
+
+
+def test_the_rest_of_a_window_does_not_draw_the_same_samples_first():
+    """Nothing is known of any sample: with the window's own random numbers both would begin alike."""
+    table, flat = make_table(), CurriculumConfig(window_steps=WINDOW, competence_start=1.0, tilt=(0.0, 0.0))
+    whole, rest = make_plan(flat), make_plan(flat)
+    whole.refresh(4, 1.0, make_table())
+    rest.refresh(5, 1.0, table)
+    assert len(set(whole.batch(4)[0].tolist()) & set(rest.batch(5)[0].tolist())) < BATCH // 2
+
+
+@pytest.mark.parametrize("stop", range(3, 12))
+def test_it_resumes_at_any_step_with_the_same_order(stop):
+    plan, table = other_samples(2)
+    whole = walk(plan, table, 12, start=2)
+    plan, table = other_samples(2)
+    walk_until(plan, table, 2, stop)
+    plan.settle(table)
+    resumed, again = make_plan(), make_table(3)
+    resumed.load(plan.state_dict(), plan.arrays())
+    again.load_arrays(table.arrays())
+    rest = walk(resumed, again, 12, start=stop)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[stop - 2 :], rest, strict=True))
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_what_is_planned_and_not_trained_is_known(stop):
+    plan, table = make_plan(), make_table()
+    walk_until(plan, table, 0, stop)
+    plan.settle(table)
+    trained = plan.current.index[: (stop - plan.start) * BATCH]
+    planned = np.concatenate([plan.current.index, *([plan._next.index] if plan._next else [])])
+    untrained = plan.untrained(stop, plan.state_dict(), plan.arrays())
+    assert np.array_equal(np.concatenate([trained, untrained]), planned)
+    other = make_table()
+    other.carry(table.arrays(), np.arange(COUNT), untrained)
+    before = table.visits.astype(int) - np.bincount(untrained, minlength=COUNT)
+    assert np.array_equal(other.visits, before)
+    assert int(other.visits.sum()) == stop * BATCH  # every sample that was trained on, and no other

@@ -33,3 +33,18 @@ def test_more_than_half_of_the_data_is_refused():
     assert len(hold_out(samples(10), 5, seed=0)[1]) == 5
     with pytest.raises(UserError, match="holds out 6 samples, more than half of the 10"):
         hold_out(samples(10), 6, seed=0)
+
+
+def test_those_of_before_stay_and_none_takes_the_place_of_one_that_is_gone():
+    held = ids(hold_out(samples(50), 12, seed=3)[1])
+    gone = held[::3]
+    left = [sample for sample in samples(70) if sample.sample_id not in gone]
+    assert not set(ids(hold_out(left, 12, seed=3)[1])) <= set(held)  # drawn anew, others would come in
+    rest, still = hold_out(left, 12, 3, held)
+    assert ids(still) == [i for i in held if i not in gone]
+    assert sorted(ids(rest) + ids(still)) == ids(left)
+
+
+def test_none_of_before_left_is_refused():
+    with pytest.raises(UserError, match="measures the 2 samples that this job has held out from its start, and none"):
+        hold_out(samples(10), 2, 3, ["x1", "x2"])
