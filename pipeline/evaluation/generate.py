@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pipeline.data.collate import Batch, Encoded
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
+from pipeline.errors import DataError
 from pipeline.models import experts
 from pipeline.models.compatibility import check_compatible
 from pipeline.models.loading import load_model
@@ -133,6 +134,7 @@ def answers(
     blind: bool = False,
     in_step: bool = False,
     cut: set[str] | None = None,
+    left_out: dict[str, str] | None = None,
     on_progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, str]:
     """The model's answer to each sample's question, by sample_id.
@@ -141,14 +143,17 @@ def answers(
         blind: blank the images to grey.
         in_step: see `greedy`; every rank has as many samples.
         cut: receives the ids of samples whose answer `max_new_tokens` ended.
+        left_out: receives why, by sample_id, of samples that cannot be encoded, which `data.bad_samples: skip` leaves
+            out. None: they are refused.
         on_progress: called with the number of samples of every finished batch.
 
     Raises:
-        DataError: an image or prompt that cannot be encoded.
+        DataError: an image or prompt that cannot be encoded, if it is not left out.
     """
     texts: dict[str, str] = {}
     stop_ids = (processor.eos_id, processor.pad_id)
-    for encoded in _prompt_batches(processor, samples, batch_size, blind):
+    given = left_out if processor.leaves_out else None
+    for encoded in _prompt_batches(processor, samples, batch_size, blind, given):
         batch = processor.collate(encoded, side="left")
         rows = greedy(model, model_inputs(batch, model.device), max_new_tokens, stop_ids, in_step=in_step)
         texts |= {e.sample_id: processor.decode(row) for e, row in zip(encoded, rows, strict=True)}
@@ -187,13 +192,19 @@ def _finished(done_B: Tensor, in_step: bool) -> bool:
 
 
 def _prompt_batches(
-    processor: Processor, samples: Sequence[Sample], batch_size: int, blind: bool
+    processor: Processor, samples: Sequence[Sample], batch_size: int, blind: bool, left_out: dict[str, str] | None
 ) -> Iterator[list[Encoded]]:
     """Batches of one task where possible, similar in length: their answers end at about the same time."""
     size = WINDOW_BATCHES * batch_size
     for start in range(0, len(samples), size):
-        window = samples[start : start + size]
-        prompts = [(sample.task, processor.encode_prompt(sample, blind=blind)) for sample in window]
+        prompts = []
+        for sample in samples[start : start + size]:
+            try:
+                prompts.append((sample.task, processor.encode_prompt(sample, blind=blind)))
+            except DataError as error:
+                if left_out is None:
+                    raise
+                left_out[sample.sample_id] = str(error)
         prompts.sort(key=lambda p: (p[0], len(p[1].input_ids)))
         encoded = [prompt for _, prompt in prompts]
         yield from (encoded[i : i + batch_size] for i in range(0, len(encoded), batch_size))

@@ -102,8 +102,9 @@ def _mean_rouge(records: Sequence[Record]) -> tuple[float | None, int]:
 
 def _gold_ce(records: Sequence[Record]) -> tuple[float | None, int]:
     """Every token counts once: a long answer weighs more than a short one."""
-    tokens = sum(r["tokens"] for r in records)
-    return sum(r["nats"] for r in records) / tokens if tokens else None, len(records)
+    read = [r for r in records if "tokens" in r]  # not those whose answer could not be encoded
+    tokens = sum(r["tokens"] for r in read)
+    return sum(r["nats"] for r in read) / tokens if tokens else None, len(read)
 
 
 SCENE_SCORE = Metric(

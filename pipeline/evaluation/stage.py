@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pipeline.data.index.samples import Index
+from pipeline.data.problems import LEFT_OUT, append_left_out
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
 from pipeline.data.splits import open_split
@@ -40,9 +41,9 @@ from pipeline.targets.identity import dataset_fingerprint
 
 Json = dict[str, Any]
 
-FORMAT = 2
+FORMAT = 3
 """Of a row's file; part of its identity, so that answers in another format are made anew and never misread.
-2: the likelihood of every gold answer, samples without one, scores by metric."""
+2: the likelihood of every gold answer, samples without one, scores by metric. 3: samples left out."""
 
 
 # -- rows: answers and timings, from disk where they were made the same way --------------------------------------------
@@ -60,6 +61,8 @@ class Answered:
     """By metric, over all slices; see `metrics.score_together`."""
     cut: int
     """Answers that `max_new_tokens` ended."""
+    left_out: int
+    """Samples that could not be encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ class Measured:
     cut: set[str]
     golds: Mapping[str, tuple[float, int]]
     """Nats and tokens of the gold answers, by sample_id of those that have one."""
+    left_out: Mapping[str, str]
+    """Why, by sample_id, of samples that could not be encoded; with `data.bad_samples: skip`."""
 
 
 class Evaluation:
@@ -106,7 +111,7 @@ class Evaluation:
         path, identity = self.folder / f"{self.slugs[row.name]}.json", self._row_identity(row)
         stored = _read_if_same(path, identity)
         measured = self._measure_row(row) if stored is None else _measured(stored)
-        records = [_record(sample, measured) for sample in self.samples]
+        records = [_record(sample, measured) for sample in self.samples if sample.sample_id in measured.texts]
         scores, overall = score_all(self.metrics, records), score_together(self.metrics, records)
         content: Json = {
             "identity": identity,
@@ -117,6 +122,7 @@ class Evaluation:
             "params_total": measured.params[0],
             "params_active": measured.params[1],
             "cut": len(measured.cut),
+            "left_out": measured.left_out,
             "metrics": [metric.described() for metric in self.metrics],
             "scores": scores,
             "overall": overall,
@@ -125,7 +131,7 @@ class Evaluation:
         if content != stored:
             write_json(path, content)
         _write_predictions(path.with_suffix(".jsonl"), records)
-        return Answered(row, measured.params, scores, overall, len(measured.cut))
+        return Answered(row, measured.params, scores, overall, len(measured.cut), len(measured.left_out))
 
     def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
         """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
@@ -145,6 +151,7 @@ class Evaluation:
     def _measure_row(self, row: EvaluationRow) -> Measured:
         """The gold answers' likelihood first: it takes less time, and one that cannot be encoded ends the stage."""
         model, cut, size = self.open(row.model), set[str](), self.settings.batch_size
+        left_out = dict[str, str]()
         with tqdm(total=len(self.golds), desc=f"{row.name}, gold answers", unit="answer", disable=None) as bar:
             golds = gold_cross_entropy(
                 model, self.processor, self.golds, batch_size=size, blind=row.blind, on_progress=bar.update
@@ -158,9 +165,11 @@ class Evaluation:
                 max_new_tokens=self.settings.max_new_tokens,
                 blind=row.blind,
                 cut=cut,
+                left_out=left_out,
                 on_progress=bar.update,
             )
-        return Measured(parameter_counts(model), texts, cut, golds)
+        append_left_out(self.recipe.run.dir / LEFT_OUT, left_out, {"stage": "evaluate", "row": row.name})
+        return Measured(parameter_counts(model), texts, cut, golds, left_out)
 
     def _measure(self) -> dict[str, list[latency.Timing]]:
         gc.collect()
@@ -273,6 +282,8 @@ def evaluate(recipe: Recipe) -> Json:
     }
     write_json(recipe.run.dir / "results.json", content)
     notes = [*unscored, results.latency_line(settings)]
+    if left_out := max(a.left_out for a in answered):
+        notes.append(f"{left_out} bad sample(s) left out (data.bad_samples: skip), see {recipe.run.dir / LEFT_OUT}")
     if any(row.cut for row in rows):
         notes.append(results.cut_line(rows, asked, recipe.evaluation.max_new_tokens))
     parts = [results.table(rows, evaluation.metrics), "\n".join(notes)]
@@ -327,6 +338,7 @@ def _measured(stored: Json) -> Measured:
         texts={r["sample_id"]: r["prediction"] for r in samples},
         cut={r["sample_id"] for r in samples if r["cut"]},
         golds={r["sample_id"]: (r["nats"], r["tokens"]) for r in samples if "nats" in r},
+        left_out=stored["left_out"],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 from tqdm import tqdm
 
+from pipeline.data.problems import LEFT_OUT, append_left_out
 from pipeline.errors import UserError
 from pipeline.training.metrics import drop_after
 
@@ -22,6 +23,8 @@ class Incidents:
         self.job_dir, self.name, self.max_bad_steps = job_dir, name, max_bad_steps
         self.bad_steps = 0
         """Steps dropped since the job's first start."""
+        self.left_out: set[str] = set()
+        """Samples that could not be encoded, since the job's first start."""
         self.changes: list[dict[str, Any]] = []
         """Of every changed setting: `step` (done before), `setting`, `before`, `after`.
 
@@ -49,6 +52,25 @@ class Incidents:
             tqdm.write(
                 f"job {self.name!r}, step {step + 1}: the {what} is {value}, so the step changes nothing "
                 f"({self.bad_steps} such so far, at most {self.max_bad_steps}). Samples: {_some(ids)}"
+            )
+
+    def leave_out(self, step: int, left_out: Mapping[str, str]) -> None:
+        """Write down samples that could not be encoded; each is said once. Collective.
+
+        Args:
+            step: steps done before the one that they belong to.
+            left_out: why, by sample_id, of this rank's.
+        """
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, dict(left_out))
+        found = {sample_id: problem for some in gathered for sample_id, problem in some.items()}
+        new = {sample_id: found[sample_id] for sample_id in sorted(found.keys() - self.left_out)}
+        self.left_out |= new.keys()
+        if dist.get_rank() == 0 and new:
+            append_left_out(self.job_dir / LEFT_OUT, new, {"step": step + 1})
+            tqdm.write(
+                f"job {self.name!r}, step {step + 1}: {len(new)} bad sample(s) left out ({len(self.left_out)} so far, "
+                f"see {self.job_dir / LEFT_OUT}). {next(iter(new.values()))}"
             )
 
     @property
@@ -84,13 +106,15 @@ class Incidents:
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint's JSON."""
-        return {"bad_steps": self.bad_steps, "changes": self.changes}
+        return {"bad_steps": self.bad_steps, "changes": self.changes, "left_out": sorted(self.left_out)}
 
     def load(self, state: Mapping[str, Any], step: int) -> None:
         """Restore from the checkpoint of `step`; what was written down after it is forgotten."""
         self.bad_steps, self.changes = state["bad_steps"], list(state["changes"])
+        self.left_out = set(state["left_out"])
         if dist.get_rank() == 0:
             drop_after(self.job_dir / FILE, step)
+            drop_after(self.job_dir / LEFT_OUT, step)
 
 
 def _some(ids: Sequence[str], most: int = 8) -> str:

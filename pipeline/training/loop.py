@@ -84,6 +84,8 @@ def optimize(
         group["lr"] = lr
     context = _context(setup, step)
     stats = run_step(context, micro_batches, stop=stop)
+    if stats.sums["left_out"]:
+        setup.incidents.leave_out(step, stats.left_out)
     loss = stats.sums["loss"]
     grad_norm = gradients.step(setup.engine, drop=not math.isfinite(loss))
     if not math.isfinite(loss):

@@ -40,6 +40,8 @@ class StepStats:
     scores: list[Tensor] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
     """sample_ids of this rank's micro-batches whose loss is NaN or infinite."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Samples of this rank that could not be encoded, and why."""
     router_load_LE: Tensor | None = None
     """Tokens routed to each expert of each MoE layer, over all ranks and accumulation steps."""
 
@@ -151,7 +153,9 @@ def _forward(
         samples=len(micro.sample_ids),
         positions=micro.inputs["attention_mask"].sum(),
         targets_read=micro.targets_read,
+        left_out=len(micro.left_out),
     )
+    stats.left_out |= micro.left_out
     share = float(terms.loss_sum.detach())
     stats.add(loss=share, ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
     if not math.isfinite(share):
