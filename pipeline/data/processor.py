@@ -33,6 +33,7 @@ from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
 GREY = (128, 128, 128)
+NO_ANSWER = "its answer is empty: there is nothing to learn from it."
 """Colour of a blanked image."""
 _MARK = "\ufdd0", "\ufdd1"
 """Around the number of an answer while a chat is rendered: characters that Unicode keeps for such uses, in no text."""
@@ -104,7 +105,7 @@ class Processor:
             DataError: empty answer, special tokens in a text, or more than max_length tokens.
         """
         if not sample.answer.strip():
-            raise DataError(f"{sample.where}: its answer is empty: there is nothing to learn from it.")
+            raise DataError(f"{sample.where}: {NO_ANSWER}")
         ids, labels = self._token_ids(sample)
         images = self._images(sample, blind=blind)
         return self._expanded(sample, ids, labels, images, cuts=self.cuts_answers)
@@ -131,10 +132,8 @@ class Processor:
         """Tokens of the sample without its images: that are read only, and that are labels. What `encode` makes.
 
         Raises:
-            DataError: empty answer, or special tokens in a text.
+            DataError: special tokens in a text.
         """
-        if not sample.answer.strip():
-            raise DataError("its answer is empty: there is nothing to learn from it.")
         ids, labels = self._token_ids(sample)
         learned = sum(label != IGNORED for label in labels)
         return len(ids) - learned - len(sample.images), learned

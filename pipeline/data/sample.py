@@ -118,15 +118,30 @@ def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
 
 
 def load_image(sample: Sample, index: int = 0, *, box_width: int = 2) -> Image.Image:
-    """Decode one image as RGB of 8 bits, turned as its EXIF data say, the region marked by a red rectangle.
+    """Decode one image, the region marked by a red rectangle.
 
     Args:
         box_width: of the rectangle's line in pixels; CODA-LM's is 2.
 
     Raises:
-        DataError: the file cannot be read as an image, is larger than MAX_IMAGE_PIXELS, or the region lies outside it.
+        DataError: as `decode`, or the region lies outside the image; it names the sample.
     """
     path = sample.images[index]
+    try:
+        image = decode(path)
+        if sample.box is not None:
+            _draw_box(image, sample.box, path, box_width)
+    except DataError as error:
+        raise DataError(f"{sample.where}: {error}") from None
+    return image
+
+
+def decode(path: Path) -> Image.Image:
+    """An image as RGB of 8 bits, turned as its EXIF data say.
+
+    Raises:
+        DataError: the file cannot be read as an image, or is larger than MAX_IMAGE_PIXELS.
+    """
     try:
         with Image.open(path) as file:
             size = file.size
@@ -135,11 +150,9 @@ def load_image(sample: Sample, index: int = 0, *, box_width: int = 2) -> Image.I
         raise DataError(f"{path}: at most {MAX_IMAGE_PIXELS} pixels are decoded: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         # Pillow's readers let SyntaxError, ValueError and struct.error through on damaged files.
-        raise DataError(f"{path}: cannot be read as an image: {error}. {sample.where} needs it.") from None
+        raise DataError(f"{path}: cannot be read as an image: {error}") from None
     if image is None:
         raise DataError(f"{path}: {size[0]} x {size[1]} pixels, at most {MAX_IMAGE_PIXELS} are decoded.")
-    if sample.box is not None:
-        _draw_box(image, sample.box, path, box_width)
     return image
 
 

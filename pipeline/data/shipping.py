@@ -5,7 +5,6 @@ tensors, and for those that takes far longer than copying them into one block. W
 have 64 MB by default, and writing beyond it kills the worker) the block goes through the worker's pipe instead.
 """
 
-import atexit
 import contextlib
 import io
 import os
@@ -13,6 +12,7 @@ import pickle
 import signal
 from collections.abc import Iterable, Iterator
 from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -147,12 +147,14 @@ class _Crew:
 
     def __init__(self) -> None:
         self.dismissed = RawValue("b", 0)
-        atexit.register(self.dismiss)  # also where an error ended the process with a loader open
+        # Where an error ended the process with a loader open: before multiprocessing, also in a child of its own (where
+        # nothing of `atexit` runs), sends its children SIGTERM and waits for them.
+        self.at_exit = Finalize(None, self.dismiss, exitpriority=100)
 
     def dismiss(self) -> None:
         """From now on SIGTERM ends the workers."""
         self.dismissed.value = 1
-        atexit.unregister(self.dismiss)
+        self.at_exit.cancel()
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.data.processor import Processor
 from pipeline.data.readers import READERS
-from pipeline.data.sample import Sample, load_image, question, turned_size
+from pipeline.data.sample import Sample, decode, turned_size
 from pipeline.errors import DataError
 from pipeline.recipe import DataConfig
 
@@ -130,7 +130,7 @@ def image_tokens(size: tuple[int, int], processor: Processor) -> int:
 def decoded_size(path: Path) -> tuple[int, int] | str:
     """(width, height) of an image that can be decoded whole; else what is wrong with it."""
     try:
-        return load_image(Sample("", (path,), question(""), "", "", "")).size
+        return decode(path).size
     except DataError as error:
         return str(error)
 

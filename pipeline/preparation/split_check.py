@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pipeline.data.problems import SHOWN, Problem, Problems
-from pipeline.data.processor import Processor
+from pipeline.data.processor import NO_ANSWER, Processor
 from pipeline.data.sample import Sample, box_problem
 from pipeline.errors import DataError
 from pipeline.preparation.data_facts import Length, Lengths, decoded_sizes, header_size, length_of
@@ -78,6 +78,8 @@ def check_split(
     problems, lengths, too_long = Problems(), Lengths(most=100_000), 0
     for sample in tqdm(samples, desc=f"texts of {name}", unit=" samples", disable=None):
         with problems.at(sample.meta.get("record", sample.sample_id)):
+            if not sample.answer.strip() and name != recipe.data.test_split:
+                raise DataError(NO_ANSWER)
             length = _length(sample, sizes, processor)
             too_long += length.answer > limit
             lengths.add(sample, length)
@@ -90,7 +92,7 @@ def check_split(
 
 
 def _length(sample: Sample, sizes: dict[Path, tuple[int, int] | str], processor: Processor) -> Length:
-    """DataError for the first thing that the stages would refuse."""
+    """DataError for the first thing that the stages would refuse, without the sample's name."""
 
     def size(path: Path) -> tuple[int, int]:
         found = sizes.get(path) or header_size(path)
@@ -100,4 +102,7 @@ def _length(sample: Sample, sizes: dict[Path, tuple[int, int] | str], processor:
             raise DataError(f"{path}: {problem}")
         return found
 
-    return length_of(sample, size, processor)
+    try:
+        return length_of(sample, size, processor)
+    except DataError as error:
+        raise DataError(str(error).removeprefix(f"{sample.where}: ")) from None

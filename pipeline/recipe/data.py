@@ -19,7 +19,9 @@ class DataConfig(Section):
     image_roots: tuple[Path, ...] = ()
     """Other folders that records may name images in, as in `../nuscenes/samples/...`."""
     bad_samples: Literal["refuse", "skip"] = "refuse"
-    """Broken records: name them all and end, or leave them out; `<index>/<split>/problems.jsonl` lists them."""
+    """Broken records, and samples that cannot become model inputs (a torn image, an answer too long): name them and
+    end, or leave them out, counted and listed: `<index>/<split>/problems.jsonl` while reading, then `left_out.jsonl` of
+    the run or of the job."""
     index: Path | None = None
     """Folder of the index, a folder a split; runs on the same data may share it. None: `<run.dir>/index`."""
     train_split: str = "Train"

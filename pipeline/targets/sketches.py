@@ -104,4 +104,4 @@ def decode(raw: Bytes, rows: int, dim: int) -> Sketch:
 
 def _grouped(values_NR: Tensor) -> Tensor:
     """[N, G, 64]"""
-    return values_NR.view(len(values_NR), -1, GROUP)
+    return values_NR.view(len(values_NR), values_NR.shape[-1] // GROUP, GROUP)

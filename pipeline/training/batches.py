@@ -171,7 +171,7 @@ def assemble(
         targets=targets,
         cells_CV=cells_CV,
         targets_read=targets_read,
-        left_out=batch["left_out"],
+        left_out={e.sample_id: e.problem for e in encoded if e.problem is not None},
     )
 
 

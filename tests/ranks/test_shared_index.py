@@ -57,7 +57,7 @@ def test_every_rank_has_the_samples_that_rank_0_opened(tmp_path):
 
 
 def test_what_rank_0_refuses_every_rank_refuses(tmp_path):
-    results = on_every_rank(write_data(tmp_path, answers=["Go.", 5]))
+    results = on_every_rank(write_data(tmp_path, answers=["Go.", {"a": 5}]))
     assert results == [results[0]] * RANKS
     name, said = results[0]
     assert name == "DataError" and "1 problem(s) in 1 record(s)" in said

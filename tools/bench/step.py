@@ -163,6 +163,7 @@ def batch_of(micro: MicroBatch) -> Batch:
     labels_BS = torch.full_like(micro.inputs["input_ids"], IGNORED)
     labels_BS[:, micro.keep + 1] = next_BW
     rest: Any = {**micro.inputs, "labels": labels_BS, "sample_ids": list(micro.sample_ids), "cut_tokens": 0}
+    rest["left_out"] = micro.left_out
     batch: Batch = rest
     return batch
 

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.data import shipping
 from pipeline.data.shipping import loaded, pack, unpack
+from pipeline.errors import DataError
 from pipeline.targets.soft_targets import SoftTargets
 from tests.helpers.paths import ROOT
 from tests.helpers.soft_targets import random_targets
@@ -132,3 +133,38 @@ def test_workers_outlive_a_signal_to_all_processes_but_not_the_loader():
     while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(worker.is_alive() for worker in workers)
+
+
+class Refuses(Targets):
+    def __getitem__(self, position):
+        raise DataError(f"line {position}: torn")
+
+
+def stop_in_the_middle():
+    for _ in loaded(Targets(), 2):
+        raise SystemExit(3)
+
+
+def keep_one_open():
+    stop_in_the_middle.kept = loaded(Targets(), 2)  # no end of a scope closes it
+    next(stop_in_the_middle.kept)
+
+
+@pytest.mark.parametrize(("ends", "status"), [(stop_in_the_middle, 3), (keep_one_open, 0)])
+def test_a_process_that_ends_with_a_loader_open_ends(ends, status):
+    """Also one that multiprocessing has started, which runs nothing of `atexit` and waits for its own children."""
+    process = multiprocessing.get_context("fork").Process(target=ends)
+    process.start()
+    process.join(60)
+    late = process.is_alive()
+    process.kill()
+    process.join()
+    assert not late and process.exitcode == status
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_refuses_is_the_error_itself(workers):
+    """Not torch's text of it with the worker's whole traceback."""
+    with pytest.raises(DataError) as caught:
+        list(loaded(Refuses(), workers))
+    assert str(caught.value) == "line 0: torn"

@@ -309,8 +309,8 @@ def test_the_page_shows_images_tokens_and_cells(run, tmp_path, student):
     assert len(shown) == len(set(shown)) == 6
     if student:
         scores = {i: visit.score for i, visit in scorer.visits(inputs.samples)}
-        ranked = sorted(scores, key=scores.__getitem__)
-        assert shown == [*reversed(ranked[-3:]), *ranked[:3]]
+        ranked = sorted(scores.values())  # the scores: which of two equal samples comes first is the table's rounding
+        assert [scores[i] for i in shown] == pytest.approx([*reversed(ranked[-3:]), *ranked[:3]], abs=1e-4)
     answers = [re.sub(r"<[^>]+>", "", part) for part in re.findall(r'<p class="answer">(.*?)</p>', html, re.S)]
     assert [unescape(answer) for answer in answers] == [by_id[i].answer + "¶" for i in shown]
     images = [image for i in shown for image in by_id[i].images]

@@ -16,6 +16,7 @@ from pipeline.files import weights_hash
 from pipeline.models import loading
 from pipeline.models.compatibility import check_compatible
 from pipeline.recipe import RandomModelConfig
+from pipeline.training.batches import MODEL_INPUTS
 from tests.helpers import tiny
 from tests.helpers.tiny_data import corpus, data, make_processor, make_sample, save_image
 
@@ -56,7 +57,7 @@ def encoded(processor, tmp_path_factory):
 
 
 def inputs(batch):
-    return {key: value for key, value in batch.items() if key not in ("labels", "sample_ids", "cut_tokens")}
+    return {key: value for key, value in batch.items() if key in MODEL_INPUTS}
 
 
 def logits(model, rows, processor, side="right"):

@@ -193,8 +193,9 @@ def samples_of(run):
 def test_rows_are_the_same_whatever_side_is_padded(finished, side):
     """One and two images, several lengths in one batch; the reference is each sample alone."""
     processor, samples, model = parts(finished)
-    chosen = samples[:7]
-    assert {len(sample.images) for sample in chosen} == {1, 2}
+    by_images = {n: [sample for sample in samples if len(sample.images) == n] for n in (1, 2)}
+    chosen = [*by_images[1][:4], *by_images[2][:3]]
+    assert len(chosen) == 7
     batch = collate([processor.encode(s) for s in chosen], processor.pad_id, processor.image_token_id)
     if side == "left":
         lengths = batch["attention_mask"].sum(1)
