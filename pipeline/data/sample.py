@@ -20,6 +20,9 @@ MAX_IMAGE_PIXELS = 64_000_000
 UNKNOWN = "unknown"
 """Slice of a sample that names none."""
 
+LABELLED, POOL = "labelled", "pool"
+"""Where an answer comes from: the record, or the teacher because the record has none."""
+
 Box = tuple[float, float, float, float]
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 IMAGE = None
@@ -65,6 +68,8 @@ class Sample:
     """x, y, w, h in pixels of the marked region."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """Where the sample came from, for messages only: `record`, and `field` or `id`."""
+    source: str = LABELLED
+    """LABELLED or POOL."""
 
     @property
     def where(self) -> str:
@@ -104,7 +109,7 @@ def hash_image(path: Path) -> str:
 
 
 def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
-    """A reader's sample with its id. DataError when a text of it cannot be written as UTF-8."""
+    """A reader's sample with its id and source. DataError when a text of it cannot be written as UTF-8."""
     texts = [("image", str(path)) for path in sample.images]
     texts += [("prompt", turn.text) for turn in sample.turns]
     texts += [("answer", sample.answer), ("task", sample.task), ("slice", sample.slice)]
@@ -114,7 +119,12 @@ def identified(sample: Sample, image_hashes: Sequence[str]) -> Sample:
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON lets through
             raise DataError(f"{sample.meta['record']}: {name} is no valid Unicode: {error}") from None
     sample_id = content_id(image_hashes, sample.turns, sample.answer, sample.task, sample.box)
-    return replace(sample, sample_id=sample_id)
+    return replace(sample, sample_id=sample_id, source=source_of(sample.answer))
+
+
+def source_of(answer: str) -> str:
+    """The source of a record with this answer."""
+    return LABELLED if answer.strip() else POOL
 
 
 def load_image(sample: Sample, index: int = 0, *, box_width: int = 2) -> Image.Image:

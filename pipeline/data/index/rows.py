@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.sample import Sample, Turn
+from pipeline.data.sample import Sample, Turn, source_of
 
 FORMAT_VERSION = 2
 """Of the files of an index; one of another version is made again."""
@@ -126,6 +126,7 @@ def sample_of(row: Mapping[str, Any], images: Iterable[str], meta: Meta, place: 
         slice=row["slice"],
         box=tuple(row["box"]) or None,
         meta=meta,
+        source=source_of(row["answer"]),
     )
 
 

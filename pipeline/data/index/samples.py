@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipeline.data.index.build import About, read_batches
 from pipeline.data.index.images import Stamp, stamp
 from pipeline.data.index.rows import CONTENT, ORIGIN, Meta, Place, meta_of, sample_of
-from pipeline.data.sample import Sample
+from pipeline.data.sample import POOL, Sample
 from pipeline.errors import DataError
 
 Positions = NDArray[np.int64]
@@ -256,6 +256,15 @@ def sizes(samples: Sequence[Sample], places: Positions) -> tuple[Positions, Posi
     chosen = [samples[i] for i in places]
     characters = np.array([sample.characters for sample in chosen], np.int64)
     return np.array([len(sample.images) for sample in chosen], np.int64), characters
+
+
+def from_pool(samples: Sequence[Sample]) -> NDArray[np.bool_]:
+    """bool[M]: the samples whose records have no answer, in order."""
+    if not isinstance(samples, Index):
+        return np.array([sample.source == POOL for sample in samples], bool)
+    found = np.zeros(len(samples), bool)
+    found[samples.unanswered()] = True
+    return found
 
 
 def select(samples: Sequence[Sample], places: Iterable[int]) -> Sequence[Sample]:
