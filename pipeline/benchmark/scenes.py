@@ -17,13 +17,13 @@ from random import Random
 from tqdm import tqdm
 
 from pipeline.benchmark.art import render
-from pipeline.benchmark.text import record
+from pipeline.benchmark.text import record, unanswered
 from pipeline.benchmark.world import plan_scene
 from pipeline.errors import DataError
 from pipeline.files import differences, listed, write_json
 from pipeline.recipe import Recipe, ScenesConfig
 
-FORMAT = 2
+FORMAT = 3
 JPEG_QUALITY = 92
 
 
@@ -37,6 +37,9 @@ class _Split:
     """Number of its first image: Train and val share CODA's `val` folder."""
     count: int
     corner_share: float
+    pool: int = 0
+    """Its last images, the pool, which `count` includes."""
+    pool_gold: bool = False
 
     def marker(self, root: Path) -> Path:
         """Settings that the finished split was drawn with."""
@@ -73,14 +76,15 @@ def write_scenes(root: Path, config: ScenesConfig) -> None:
     Raises:
         DataError: a split there was drawn with other settings.
     """
+    drawn, share = config.train + config.pool, config.test_corner_share
     splits = (
-        _Split("Train", "val", 1, config.train, config.corner_share),
-        _Split("val", "val", 1 + config.train, config.val, config.corner_share),
-        _Split("Test", "test", 1, config.test, config.test_corner_share),
+        _Split("Train", "val", 1, drawn, config.corner_share, config.pool, config.pool_gold),
+        _Split("val", "val", 1 + drawn, config.val, share),
+        _Split("Test", "test", 1, config.test, share),
     )
     settings = {split: _settings(split, config) for split in splits}
     for split in [s for s in splits if not _finished(s.marker(root), settings[s])]:  # all are checked before any
-        corner = _corner_flags(config.seed, split.name, split.count, split.corner_share)
+        corner = _corner_flags(config.seed, split)
         jobs = [_Job(root, split, index, corner[index - 1], config) for index in range(1, split.count + 1)]
         _draw_all(jobs, config.workers)
         write_json(split.slices(root), {job.stem: "corner" if job.corner else "regular" for job in jobs})
@@ -91,7 +95,8 @@ def write_scenes(root: Path, config: ScenesConfig) -> None:
 
 def _settings(split: _Split, config: ScenesConfig) -> dict[str, object]:
     """All that decides a split's bytes."""
-    own = {"format": FORMAT, "first": split.first, "images": split.count, "corner_share": split.corner_share}
+    own: dict[str, object] = {"format": FORMAT, "first": split.first, "images": split.count}
+    own |= {"corner_share": split.corner_share, "pool": split.pool, "pool_gold": split.pool_gold}
     return own | config.model_dump(include={"seed", "width", "height"})
 
 
@@ -107,10 +112,13 @@ def _finished(marker: Path, wanted: dict[str, object]) -> bool:
     return True
 
 
-def _corner_flags(seed: int, split: str, count: int, share: float) -> list[bool]:
-    """Which images are corner cases: exactly the rounded share, spread by seed."""
-    flags = [n < round(share * count) for n in range(count)]
-    Random(f"{seed}/{split}/corner").shuffle(flags)
+def _corner_flags(seed: int, split: _Split) -> list[bool]:
+    """Which images are corner cases: exactly the rounded share, spread by seed, of the pool and of the others."""
+    flags = list[bool]()
+    for name, count in ((split.name, split.count - split.pool), (f"{split.name} pool", split.pool)):
+        part = [n < round(split.corner_share * count) for n in range(count)]
+        Random(f"{seed}/{name}/corner").shuffle(part)
+        flags += part
     return flags
 
 
@@ -130,7 +138,10 @@ def _draw(job: _Job) -> None:
     scene = plan_scene(rng, corner=job.corner, held_out=job.split.name == "Test")
     image, boxes = render(scene, job.config.width, job.config.height)
     image.save(job.root / job.split.folder / "images" / f"{job.number}.jpg", quality=JPEG_QUALITY)
-    write_json(job.root / "CODA-LM" / job.split.name / f"{job.stem}.json", record(scene, boxes, image.size, rng))
+    content = record(scene, boxes, image.size, rng)
+    if job.index > job.split.count - job.split.pool and not job.split.pool_gold:
+        content = unanswered(content)
+    write_json(job.root / "CODA-LM" / job.split.name / f"{job.stem}.json", content)
 
 
 def main(recipe: Recipe, options: object) -> None:

@@ -1,6 +1,6 @@
 """What is asked and said about a scene: CODA-LM records in varied questions and compact, checkable answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -61,6 +61,20 @@ def record(scene: Scene, boxes: Sequence[Box], size: tuple[int, int], rng: Rando
         "weather": scene.weather,
         "size": list(size),
         "objects": [_object(scene.things[i], boxes[i]) for i in _far_to_near(scene)],
+    }
+
+
+def unanswered(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's questions, and nothing that answers them."""
+    regions = record["region_perception"]
+    return {
+        "general_perception": {"question": record["general_perception"]["question"]},
+        "region_perception": {
+            number: {key: region[key] for key in ("box", "question")} for number, region in regions.items()
+        },
+        "driving_suggestion": None,
+        "driving_suggestion_question": record["driving_suggestion_question"],
+        "size": record["size"],
     }
 
 

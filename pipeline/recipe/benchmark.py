@@ -7,7 +7,11 @@ class ScenesConfig(Section):
     """How many driving scenes are drawn, and how."""
 
     train: Positive = 1500
-    """Images of the Train split."""
+    """Labelled images of the Train split."""
+    pool: Count = 0
+    """Further images of the Train split, of the same drives, whose questions have no answer: the teacher gives them."""
+    pool_gold: bool = False
+    """Give the pool its true answers all the same: what a student could learn at the most."""
     val: Positive = 100
     """Images of the val split."""
     test: Positive = 200
@@ -19,9 +23,9 @@ class ScenesConfig(Section):
     height: Positive = 192
     """Image height in pixels."""
     corner_share: Fraction = 0.15
-    """Share of corner cases among Train and val images."""
+    """Share of corner cases among Train images, labelled ones and pool alike."""
     test_corner_share: Fraction = 0.5
-    """Share of corner cases among Test images, so that both slices are measured equally well."""
+    """Share of corner cases among val and Test images, so that both slices are measured equally well."""
     workers: Positive = 2
     """Drawing processes."""
 

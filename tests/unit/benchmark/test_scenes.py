@@ -10,6 +10,7 @@ from pipeline.benchmark.scoring import action, mention_f1, mentions, score_answe
 from pipeline.benchmark.text import suggest
 from pipeline.benchmark.world import ACTIONS, HELD_OUT_COLOURS, HELD_OUT_WEATHER, decide, held_out_pairs, plan_scene
 from pipeline.data.readers import read_samples
+from pipeline.data.sample import LABELLED, POOL
 from pipeline.errors import DataError
 from pipeline.recipe import ScenesConfig
 
@@ -48,6 +49,31 @@ def test_an_interrupted_split_is_finished_with_the_same_bytes(root, tmp_path):
     (copy / "val" / "images" / "0008.jpg").write_bytes(b"half")
     write_scenes(copy, SMALL)
     assert contents(copy) == contents(root)
+
+
+@pytest.mark.parametrize("gold", [False, True])
+def test_a_pool_has_questions_and_no_answers(root, tmp_path, gold):
+    """Its images follow the labelled ones, which are those of a data set without it."""
+    write_scenes(tmp_path, SMALL.model_copy(update={"pool": 10, "pool_gold": gold, "corner_share": 0.3}))
+    samples = read_samples("coda_lm", tmp_path, "Train")
+    pool = [s for s in samples if int(s.images[0].stem) > 12]
+    assert {s.source for s in pool} == {LABELLED if gold else POOL}
+    assert {s.source for s in samples if s not in pool} == {LABELLED}
+    assert {s.task for s in pool} == {"general", "region", "suggestion"}
+    corner = {s.images[0].stem for s in samples if s.slice == "corner"}
+    assert sum(int(stem) <= 12 for stem in corner) == round(0.3 * 12) and len(corner) == round(0.3 * 12) + 3
+    records = [(tmp_path / f"CODA-LM/Train/val_{n:04}.json").read_text() for n in range(13, 23)]
+    told = ("category_name", "weather", "explanation", "objects")
+    assert [[word in text for word in told] for text in records] == [[gold] * len(told)] * 10
+
+
+def test_questions_and_images_of_a_pool_do_not_depend_on_its_answers(tmp_path):
+    both = []
+    for gold in (False, True):
+        write_scenes(tmp_path / str(gold), SMALL.model_copy(update={"pool": 6, "pool_gold": gold}))
+        samples = read_samples("coda_lm", tmp_path / str(gold), "Train")
+        both.append({(s.images[0].stem, s.images[0].read_bytes(), s.prompt, s.box) for s in samples})
+    assert both[0] == both[1]
 
 
 def test_held_out_pairs_are_written_to_test_alone(root):
