@@ -63,7 +63,7 @@ def test_a_pool_has_questions_and_no_answers(root, tmp_path, gold):
     corner = {s.images[0].stem for s in samples if s.slice == "corner"}
     assert sum(int(stem) <= 12 for stem in corner) == round(0.3 * 12) and len(corner) == round(0.3 * 12) + 3
     records = [(tmp_path / f"CODA-LM/Train/val_{n:04}.json").read_text() for n in range(13, 23)]
-    told = ("category_name", "weather", "explanation", "objects")
+    told = ('"category_name"', '"weather"', '"description and explanation"', '"objects"')
     assert [[word in text for word in told] for text in records] == [[gold] * len(told)] * 10
 
 
