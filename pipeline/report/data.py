@@ -61,6 +61,7 @@ class ResultGroup(ResultValue):
     """The same of a slice, and by task."""
 
     tasks: dict[str, ResultValue] = {}
+    interval: tuple[float, float] | None = None
 
 
 class ResultRow(_Lenient):
@@ -81,6 +82,8 @@ class ResultRow(_Lenient):
     e2e_ms: float | None = None
     speedup_vs_teacher: float | None = None
     cut: int = 0
+    gap_closed: dict[str, ResultGroup] = {}
+    """By slice, in the first metric."""
 
     def value(self, metric: str, part: str) -> float | None:
         """A metric's value on a slice."""
@@ -96,9 +99,11 @@ class ResultBar(_Lenient):
     target: float
     reached: bool
     kind: str = ""
-    """blind, teacher or speed; see `evaluation.results.Bar`."""
+    """See `evaluation.bars.Bar`."""
     metric: str | None = None
     slice: str | None = None
+    against: str | None = None
+    interval: tuple[float, float] | None = None
 
 
 class Results(_Lenient):
