@@ -200,7 +200,7 @@ def examples(recipe: Recipe, results: Results) -> list[Example]:
     shown = [row for row in (results.teacher, results.student) if row]
     if not shown:
         raise Missing("There are no example frames: there is no result table that says whose answers to show.")
-    answers = {row.name: _answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
+    answers = {row.name: read_answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
     try:
         samples = open_split(recipe, recipe.data.test_split)
     except (UserError, OSError, ValueError) as error:
@@ -301,7 +301,7 @@ def train_slices(recipe: Recipe) -> dict[str, str]:
     return dict(zip(samples.sample_ids, samples.words("slice"), strict=True))
 
 
-def _answers(path: Path) -> dict[str, Answer]:
+def read_answers(path: Path) -> dict[str, Answer]:
     """A row's answers by sample_id, under `samples` as the evaluation writes them, or `predictions`."""
     content = read_json(path, "this row has not been evaluated")
     listed = content.get("samples", content.get("predictions"))

@@ -39,6 +39,7 @@ from pipeline.report.data import (
     train_slices,
 )
 from pipeline.report.plots import HardnessView, JobCurves
+from pipeline.report.rare import rare_objects
 from pipeline.training.metrics import read_metrics
 
 TEMPLATE = "template.html.j2"
@@ -66,6 +67,8 @@ def build(recipe: Recipe, command: str) -> str:
     parts = {
         "headline": results if isinstance(results, Missing) else known,
         "scores": _try(lambda: _scores(known)),
+        "gap": _try(lambda: _gap_figure(recipe, known)),
+        "rare": _try(lambda: rare_objects(recipe, known)),
         "examples": _try(lambda: examples(recipe, known)),
         "training": _try(lambda: _curves_figure(recipe, curves, plots.training_curves)),
         "schedules": _try(lambda: _curves_figure(recipe, curves, plots.schedule_curves)),
@@ -233,6 +236,25 @@ def _scores_figure(results: Results, metric: ResultMetric) -> Markup:
     return Markup(
         plots.score_bars(metric.name, metric.title, metric.unit, {_head(s): colours[s] for s in slices}, rows)
     )
+
+
+def _gap_figure(recipe: Recipe, results: Results) -> Markup:
+    baseline, teacher = recipe.evaluation.baseline, results.teacher
+    slices = list(dict.fromkeys(part for row in results.rows for part in row.gap_closed))
+    if baseline is None or teacher is None or not slices:
+        raise Missing("There is no gap to draw: evaluation.baseline names no row that learns from labels alone.")
+    rows = [
+        plots.GapRow(row.name, [_share(row.gap_closed.get(part)) for part in slices])
+        for row in results.rows
+        if row.gap_closed
+    ]
+    colours = plots.slice_colours(_all_slices(results))
+    return Markup(plots.gap_closed(baseline, teacher.name, {_head(part): colours[part] for part in slices}, rows))
+
+
+def _share(group: ResultGroup | None) -> tuple[float, float, float] | None:
+    """(value, low, high)."""
+    return None if group is None else (group.value, *(group.interval or (group.value, group.value)))
 
 
 def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:
