@@ -152,7 +152,7 @@ class _Bars:
 
     def _closed(self, row: Row | None, name: str, part: str) -> tuple[float | None, Interval | None]:
         rows = (row, self.rows[self.settings.baseline or ""], self.teacher)
-        return self._compared((name, part), rows, lambda r, b, t: (r - b) / (t - b))
+        return self._compared((name, part), rows, _share_of_gap)
 
     def ahead(self) -> list[Bar]:
         """Student less each rival: at least the target, and beyond chance."""
@@ -196,6 +196,11 @@ class _Bars:
         value = above / below if below else None if above else 0.0
         reached = above >= target * below and (above > 0 or self.metrics[name].lower_is_better)
         return Bar(label, value, target, reached, kind, name, part)
+
+
+def _share_of_gap(row: Values, baseline: Values, teacher: Values) -> Values:
+    """NaN where there is no gap: the teacher is not ahead."""
+    return (row - baseline) / np.where(teacher > baseline, teacher - baseline, np.nan)
 
 
 def _is_ahead(value: float, ends: Interval | None, target: float) -> bool:

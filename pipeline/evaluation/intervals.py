@@ -47,9 +47,9 @@ class Resamples:
 
 
 def interval(values: Values) -> Interval | None:
-    """The middle 95% of a statistic's values over draws; None: no draw has one."""
+    """The middle 95% of a statistic's values over draws; None: too many draws have none for the ends to be known."""
     known = values[~np.isnan(values)]
-    if not len(known):
+    if len(known) <= LEVEL * len(values):
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
