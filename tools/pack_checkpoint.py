@@ -83,8 +83,8 @@ def card(target: Path, results: Sequence[Path]) -> None:
         f"{ROLES[target.name]} It has never seen a scene that students learn from or that anybody is scored on.",
         "",
         f"A Qwen3-VL of {_parameters(results)} parameters, trained from random weights on {scenes['train']:,} drawn "
-        f"scenes ({share}; scene seed {scenes['seed']}), {about['steps']:,} steps of {about['global_batch_size']}, on two "
-        "CPU cores. It knows nothing of real roads.",
+        f"scenes ({share}; scene seed {scenes['seed']}), {about['steps']:,} steps of {about['global_batch_size']} on "
+        "two CPU cores. It knows nothing of real roads.",
         "",
         "```sh",
         f"{about['made_by']}   # makes it again; training.jsonl is the log of the run that made this one",
