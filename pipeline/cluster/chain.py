@@ -93,7 +93,8 @@ def chain(recipe: Recipe, overrides: Sequence[str] = (), workers: int | None = N
         kind, which = _split(name)
         below = [stages[need].fingerprint for need in needs[name]]
         prepare = {"PREPARE": MODULES.get(kind, kind), "MODEL": which if kind == "model" else ""}
-        extra = [f"job={which}"] if kind == "train" else _job_of_export(recipe) if kind == "export" else []
+        named = kind in ("train", "hardness") and which
+        extra = [f"job={which}"] if named else _job_of_export(recipe) if kind == "export" else []
         stages[name] = ClusterStage(
             name=name,
             script=f"slurm/{SCRIPTS.get(kind, 'prepare')}.sbatch",
@@ -130,10 +131,14 @@ def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]
     if kind == "teacher":
         return [*data, *_maker(recipe.teacher)]
     if kind == "hardness":
-        return ["teacher"]
+        return ["teacher", *(_maker(recipe.jobs[which].init) if which else [])]
     if kind == "train":
         job = recipe.jobs[which]
-        return [*data, *_maker(job.init), *(["hardness"] if job.distill or job.curriculum else [])]
+        return [
+            *data,
+            *_maker(job.init),
+            *([local.hardness_stage(recipe, which)] if job.distill or job.curriculum else []),
+        ]
     if kind == "evaluate":
         return [*data, *dict.fromkeys(name for row in recipe.evaluation.rows for name in _maker(row.model))]
     if kind == "export":
@@ -165,6 +170,8 @@ def _settings(recipe: Recipe, kind: str, which: str) -> Any:
         chosen["vocab_size"] = benchmark["vocab_size"]
     if kind == "model":
         chosen["model"] = (everything["models"] | benchmark.get("models", {}))[which]
+    if kind == "hardness" and which:
+        chosen["job"] = {key: everything["jobs"][which][key] for key in ("init", "distill", "hardness")}
     if kind == "train":
         chosen |= {"train": everything["jobs"][which], "word_alignment": recipe.word_alignment(which)}
     return [chosen, everything["run"]["seed"], everything["run"]["dir"]]
@@ -177,7 +184,7 @@ def _output(recipe: Recipe, kind: str, which: str) -> Path:
         "tokenizer": recipe.processor_dir,
         "model": run / "models" / which,
         "teacher": Path(recipe.store_url) if "://" not in recipe.store_url else run,
-        "hardness": run / "hardness.parquet",
+        "hardness": recipe.hardness_file(recipe.scored_student(which) if which else None),
         "train": recipe.job_dir(which) / "model",
         "evaluate": run / "results.json",
         "export": run / "exported",

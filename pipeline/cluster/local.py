@@ -70,7 +70,8 @@ def plan(
         if job.distill or job.curriculum:
             workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
             add("teacher", *workers, processes=ranks)
-            add("hardness", command("hardness"))
+            table = hardness_stage(recipe, name)
+            add(table, command("hardness", *([f"job={table.partition(' ')[2]}"] if " " in table else [])))
         options = ("--deepspeed_config", str(ds_config), f"job={name}", *train_options)
         add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)
     if recipe.evaluation.rows:
@@ -79,6 +80,14 @@ def plan(
             add("export", command("export", "--out", str(recipe.run.dir / "exported"), f"job={last}"))
     add("report", command("report"))
     return list(stages.values())
+
+
+def hardness_stage(recipe: Recipe, name: str) -> str:
+    """The stage that makes the table a job starts from: of the teacher's view, or of a student that jobs may share."""
+    student = recipe.scored_student(name)
+    if student is None:
+        return "hardness"
+    return f"hardness {next(job for job in recipe.jobs if recipe.scored_student(job) == student)}"
 
 
 def run(stages: Sequence[Stage], run_dir: Path, gpus: Sequence[str] = ()) -> None:

@@ -60,10 +60,10 @@ class Visit:
 
     score: float
     """s_i of METHOD section 4."""
-    hardness_T: Tensor
-    """h of each answer token."""
+    kl_T: Tensor
+    """KL from the teacher of each answer token."""
     chased_T: Tensor
-    """h as far as the gate lets it count: what s_i pools."""
+    """r of each token, what s_i pools: the KL, bounded, as far as the gate lets it count."""
     ce_T: Tensor
     """Cross-entropy of the student on the data's token."""
     teacher_ce_T: Tensor
@@ -161,9 +161,9 @@ class Scorer:
             self.map_RD, self.layer = self.student.map_RD, self.student.layer
 
     @property
-    def pools_features(self) -> bool:
-        """Whether s_i counts features, as it does in the training of this student."""
-        return self.map_RD is not None and self.student.map_RD is not None
+    def has_fitted_map(self) -> bool:
+        """Whether W was fitted for looking, not trained with the student."""
+        return self.map_RD is not None and self.student.map_RD is None
 
     def visits(self, samples: Sequence[Sample]) -> Iterator[tuple[str, Visit]]:
         """(sample_id, its visit) of every sample, in an order of similar lengths.
@@ -236,23 +236,20 @@ class Scorer:
         return terms, losses.feature_loss(mapped_JR, micro.features.sketch_JR, alpha_J).distance_J.cpu()
 
     def _split(self, micro: MicroBatch, terms: DistillationTerms, distance_J: Tensor | None) -> Iterator[Visit]:
-        assert terms.hardness_N is not None and micro.targets is not None
-        gate_N = terms.gate_N if self.hardness.gate else None
-        chased_N = losses.chased_hardness(terms.hardness_N, gate_N)
-        parts_B = [self._pooled(chased_N, micro.sample_N, len(micro.sample_ids))]
-        if self.pools_features and distance_J is not None and micro.features is not None:
-            parts_B.append(self._pooled(distance_J, micro.features.sample_J, len(micro.sample_ids)))
-        score_B = torch.stack(parts_B).mean(0)
+        assert terms.kl_N is not None and micro.targets is not None
+        kl_N = terms.kl_N / self.temperature**2
+        chased_N = losses.chased_nats(kl_N, terms.gate_N if self.hardness.gate else None)
+        score_B = self._pooled(chased_N, micro.sample_N, len(micro.sample_ids))
         counts = micro.rows_BW.sum(1).tolist()
-        per_token = (terms.hardness_N, chased_N, terms.ce_N, -micro.targets.gold_logprob)
+        per_token = (kl_N, chased_N, terms.ce_N, -micro.targets.gold_logprob)
         columns = zip(*(torch.split(values_N.cpu(), counts) for values_N in per_token), strict=True)
         cells: Sequence[Tensor | None] = [None] * len(counts)
         if distance_J is not None and micro.features is not None:
             places = micro.features.places
             parts = iter(torch.split(distance_J, [*places.cells, *places.tokens]))
             cells = [None if i in micro.left_out else next(parts) for i in micro.sample_ids]
-        for score, (h_T, chased_T, ce_T, teacher_T), distance_C in zip(score_B.tolist(), columns, cells, strict=True):
-            yield Visit(score, h_T, chased_T, ce_T, teacher_T, distance_C)
+        for score, (kl_T, chased_T, ce_T, teacher_T), distance_C in zip(score_B.tolist(), columns, cells, strict=True):
+            yield Visit(score, kl_T, chased_T, ce_T, teacher_T, distance_C)
 
     def _pooled(self, hardness_X: Tensor, sample_X: Tensor, num_samples: int) -> Tensor:
         settings = self.hardness
@@ -272,7 +269,7 @@ def scoring_identity(scorer: Scorer, dataset: str) -> Mapping[str, Any]:
         **scorer.store.identity,
         "dataset": dataset,
         "student": scorer.student.digest,
-        "features": scorer.pools_features,
+        "measure": f"min(KL, {losses.MOST_NATS:g}) nats",
         "hardness": scorer.hardness.model_dump(mode="json", include={"gate", "tail_weight", "tail_share"}),
         "gate": [scorer.distill.gate_scale, losses.GATE_MARGIN] if scorer.distill.gate else None,
     }

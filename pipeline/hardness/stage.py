@@ -1,17 +1,18 @@
 """H2G outside of training: the table that training starts from, scores of a whole data set, and a page about them.
 
+    clkd hardness RECIPE.yaml job=NAME
     clkd hardness RECIPE.yaml
     clkd hardness RECIPE.yaml --student REF [job=NAME]
     clkd hardness RECIPE.yaml --inspect [--student REF] [--count N]
 
-The first writes the table's prior from the teacher's own entropy and cross-entropy, no student needed. The second
-scores every sample for a student (`jobs.NAME`, `models.NAME`, a Hugging Face folder or a training checkpoint) into a
-table that `jobs.NAME.hardness.table` can name. The third writes a page with the hardest and easiest samples.
+The first makes the table that a job starts from: its starting model's scores of every sample if it has a curriculum.
+The second is the teacher's view, from its entropy and cross-entropy, no student needed. The third scores every sample
+for any student (`jobs.NAME`, `models.NAME`, a Hugging Face folder or a training checkpoint); `jobs.NAME.hardness.table`
+can name its table. The fourth writes a page with the hardest and easiest samples.
 Shapes: M samples of the data set, T answer tokens of a sample.
 """
 
 import argparse
-import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -25,13 +26,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.data.index.samples import sample_ids, words
+from pipeline.data.index.samples import from_pool, sample_ids, words
 from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.files import replacing, write_text
 from pipeline.hardness.scores import Scorer, matching_layer, open_student, scoring_identity
 from pipeline.hardness.view import Run, corner_shares, page
-from pipeline.method.hardness import ORIGIN, HardnessTable, table_origin
+from pipeline.method.hardness import ORIGIN, HardnessTable, strata_of, table_origin
 from pipeline.method.pooling import teacher_prior
 from pipeline.models.families import load_config
 from pipeline.recipe import HardnessConfig, Recipe
@@ -86,7 +87,7 @@ def _write_part(path: Path, origin: str, scores: NDArray[np.float32]) -> None:
 
 
 def _table(samples: Sequence[Sample], prior: NDArray[np.float32]) -> HardnessTable:
-    return HardnessTable(sample_ids(samples), list(words(samples, "task")), prior)
+    return HardnessTable(sample_ids(samples), strata_of(words(samples, "task"), from_pool(samples)), prior)
 
 
 def describe(table: HardnessTable, samples: Sequence[Sample]) -> str:
@@ -145,17 +146,18 @@ def _prior(run: Run, path: Path) -> HardnessTable:
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The stage `hardness`."""
     torch.set_float32_matmul_precision(recipe.run.matmul_precision)
+    if options.student is None and recipe.job is not None and not options.inspect:
+        options.student = recipe.scored_student(recipe.job)
     run = Run.open(recipe)
     folder, scorer = recipe.run.dir / "hardness", None
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", options.student or "prior").strip("-")
-    path = recipe.run.dir / "hardness.parquet"
+    path = recipe.hardness_file(options.student)
     if options.student is None:
         if options.out is not None and not options.inspect:
             raise UserError(f"--out {options.out}: the prior's table is {path}, where training looks for it.")
         table = _prior(run, path)
     else:
         scorer = _scorer(run, options)
-        path = options.out if options.out and not options.inspect else folder / f"{slug}.parquet"
+        path = options.out if options.out and not options.inspect else path
         table = _student_table(run, scorer, path)
     print(describe(table, run.samples))
     if not options.inspect:
@@ -163,7 +165,7 @@ def main(recipe: Recipe, options: argparse.Namespace) -> None:
         return
     if scorer is not None:
         _fit_map(run, scorer, options.student_layer)
-    out = options.out or folder / f"{slug}.html"
+    out = options.out or folder / f"{path.stem if options.student else 'prior'}.html"
     write_text(out, page(run, table, scorer, options.count, _command(options)))
     print(f"page: {out} ({out.stat().st_size / 1024:.0f} KiB)")
 

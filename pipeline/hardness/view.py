@@ -16,6 +16,7 @@ from pipeline.hardness import page as hardness_page
 from pipeline.hardness.page import Card, Group
 from pipeline.hardness.scores import Scorer, Visit
 from pipeline.method.hardness import HardnessTable
+from pipeline.method.losses import token_hardness
 from pipeline.method.pooling import prior_hardness
 from pipeline.recipe import DistillConfig, HardnessConfig, Recipe
 from pipeline.targets.identity import dataset_fingerprint, known_identity
@@ -110,12 +111,13 @@ def _token_view(run: Run, sample: Sample, visit: Visit | None) -> tuple[list[flo
         values = prior_hardness(targets).tolist()
         pairs = zip(values, targets.entropy.tolist(), targets.gold_logprob.tolist(), strict=True)
         return values, [f"prior {h:.2f}; teacher: entropy {e:.2f}, cross-entropy {-p:.2f}" for h, e, p in pairs]
-    columns = (visit.chased_T, visit.hardness_T, visit.ce_T, visit.teacher_ce_T)
+    columns = (visit.chased_T, visit.kl_T, visit.ce_T, visit.teacher_ce_T)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     notes = [
-        f"hardness {c:.2f} (ungated {h:.2f}); cross-entropy: student {q:.2f}, teacher {p:.2f}" for c, h, q, p in rows
+        f"hardness {c:.2f} nats (ungated {kl:.2f}); cross-entropy: student {q:.2f}, teacher {p:.2f}"
+        for c, kl, q, p in rows
     ]
-    return visit.chased_T.tolist(), notes
+    return token_hardness(visit.chased_T).tolist(), notes  # in [0, 1), as the page's colours
 
 
 def _words(run: Run, table: HardnessTable, scorer: Scorer | None) -> tuple[str, str]:
@@ -125,6 +127,6 @@ def _words(run: Run, table: HardnessTable, scorer: Scorer | None) -> tuple[str, 
     if scorer is None:
         return "What the teacher finds hard", f"{count}, before any student: the teacher’s doubt and errors.{corner}"
     name = scorer.student.name
-    fitted = scorer.map_RD is not None and not scorer.pools_features
+    fitted = scorer.has_fitted_map
     map_note = " The map between their features was fitted for this page, not trained." if fitted else ""
     return f"What {name} finds hard", f"{count}, by how far {name} is from its teacher.{map_note}{corner}"

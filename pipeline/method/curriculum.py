@@ -14,12 +14,16 @@ from numpy.typing import NDArray
 
 from pipeline.method import table_loops
 from pipeline.method.hardness import Ranks
+from pipeline.method.table_loops import CODES
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
 
-VISIT_PENALTY, MOST_VISITS = 1.0, 600
-"""Nats of log-weight that a visit costs against the least visited sample; from the most on, no more is taken. [ours]"""
+MOST_VISITS = 600
+"""Visits beyond the least visited sample's from which on no more weight is taken. [ours]"""
+LEAST_WEIGHT = 1e-6
+"""So that every eligible sample can be drawn where nothing else is left."""
+RETIRED_WEIGHT = 1e-12
 SWEEP_SHARE = 0.25
 """Largest share of a window for samples that would otherwise wait too long. [ours]"""
 
@@ -59,15 +63,31 @@ def uniform_order(num_samples: int, seed: int, start: int, size: int) -> Indices
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """How hardness and visits weigh a sample; the defaults draw uniformly. See `plan_window`."""
+
+    gamma: float = 0.0
+    """Multiple of 0.5."""
+    mixture: float = 1.0
+    """m."""
+    cap: float = 50.0
+    """w_max."""
+    visit_penalty: float = 0.0
+    """lambda in nats."""
+    retire_below: float = 0.0
+    """delta: retired are samples of the pool whose hardness is below this share of their stratum's mean."""
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What a window draws. `number`: 0, 1, 2, ... through the job; `size`: its samples."""
 
     number: int
     size: int
     competence: float = 1.0
-    beta: float = 0.0
     floor: float = 0.0
     """Share of its proportional share that each stratum keeps."""
+    weights: Weights = Weights()
 
 
 def plan_window(
@@ -75,17 +95,26 @@ def plan_window(
     visits_M: NDArray[np.integer],
     last_window_M: NDArray[np.integer],
     stratum_M: NDArray[np.integer],
+    pool_S: NDArray[np.bool_],
     window: Window,
     seed: int,
 ) -> Indices:
     """The global order of one window: `window.size` table indices. A pure function of its arguments.
 
     Eligible are samples with percentile <= competence, and in any case each stratum's easiest. They are drawn without
-    replacement with weight a = exp(beta (2 u - 1) - (v - min v)) by Gumbel-top-k [published: Kool 2019,
-    arXiv:1903.06059], as a race: the smallest times -log(1 - U) / a come first, U hashed from (seed, window, sample).
-    Whole passes come first when the window is longer than the eligible set.
+    replacement with the weight
 
-    Each stratum keeps at least `floor` of its proportional share.
+        a = [(1 - m) + m min((D / mean D of the stratum)^gamma, w_max)] exp(-lambda (v - min v))    [ours]
+
+    by Gumbel-top-k [published: Kool 2019, arXiv:1903.06059], as a race: the smallest times -log(1 - U) / a come first,
+    U hashed from (seed, window, sample). Whole passes come first when the window is longer than the eligible set.
+
+    By size and not by rank: what a visit can gain grows with the distance to the teacher, and as a sample is learnt its
+    weight falls by itself. Samples of the pool whose D is below delta times their stratum's mean are **retired**: there
+    is nothing better than the teacher to release them to, and nothing left to learn. They are drawn by the sweep alone,
+    or where all else is drawn, and come back when a score rises. [ours]
+
+    Each stratum keeps at least `floor` of its proportional share; retired samples are in no share.
 
     A sweep bounds how long a sample waits. Window w checks K = `sweep_size` table positions, from w K on and around the
     end, and takes the eligible ones that no window drew in the C - 1 windows before, C = ceil(M / K). So any C windows
@@ -94,7 +123,7 @@ def plan_window(
     drew it, and those are among the 2 C - 1 as well. [combination ours]
     """
     # Every pass has a key of its own; 1009 numbers are set aside for the passes of one window.
-    field = _Race(ranks, visits_M, stratum_M, window.competence, window.beta)
+    field = _Race(ranks, visits_M, stratum_M, pool_S, window)
     passes, rest = divmod(window.size, int(field.eligible_S.sum()))
     streams = [_key(seed, window.number * 1009 + turn) for turn in range(passes + 1)]
     parts = [field.first(key, int(field.eligible_S.sum()), 0 * field.eligible_S)[0] for key in streams[:-1]]
@@ -139,7 +168,7 @@ def _chosen(field: "_Race", key: np.uint64, size: int, floor: float, forced: Ind
     Args:
         forced: taken whatever their times are; they count toward their strata's guarantee.
     """
-    guaranteed_S = np.floor(floor * size * field.eligible_S / field.eligible_S.sum()).astype(np.int64)
+    guaranteed_S = np.floor(floor * size * field.active_S / max(field.active_S.sum(), 1)).astype(np.int64)
     # Candidates: the first `size` overall, and enough of each stratum, both before the forced are taken out.
     ranked, times = field.first(key, size, guaranteed_S)
     others = ~np.isin(ranked, forced)
@@ -156,6 +185,31 @@ def _chosen(field: "_Race", key: np.uint64, size: int, floor: float, forced: Ind
     return order
 
 
+def size_weights(
+    ranks: Ranks, pool_S: NDArray[np.bool_], weights: Weights
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(weight of each code without visits, whether it is retired), both [S, Q]."""
+    relative_SQ = ranks.relative_sizes()
+    sized_SQ = np.minimum(_power(relative_SQ, weights.gamma), weights.cap)
+    weight_SQ = np.maximum((1 - weights.mixture) + weights.mixture * sized_SQ, LEAST_WEIGHT)
+    retired_SQ = pool_S[:, None] & (relative_SQ < weights.retire_below)
+    return np.where(retired_SQ, RETIRED_WEIGHT * weight_SQ, weight_SQ), retired_SQ
+
+
+def retired(ranks: Ranks, pool_S: NDArray[np.bool_], weights: Weights) -> int:
+    """How many samples are retired."""
+    return int((ranks.count_SQ * size_weights(ranks, pool_S, weights)[1]).sum())
+
+
+def _power(base: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
+    """base^exponent for multiples of 0.5, from products and square roots, which are exact to the last bit anywhere."""
+    halves = round(2 * exponent)
+    result = np.sqrt(base) if halves % 2 else np.ones_like(base)
+    for _ in range(halves // 2):
+        result = result * base
+    return result
+
+
 # -- drawing by weight -------------------------------------------------------------------------------------------------
 # Taking the k smallest exponential times with the weights as rates is a weighted draw without replacement. Each
 # sample's time depends on the seed, the window and the sample alone, so samples can be looked at in any order, and most
@@ -170,14 +224,16 @@ class _Race:
         ranks: Ranks,
         visits_M: NDArray[np.integer],
         stratum_M: NDArray[np.integer],
-        competence: float,
-        beta: float,
+        pool_S: NDArray[np.bool_],
+        window: Window,
     ) -> None:
         # The weight is a product of two small tables, by code and by visits: no array of weights of all samples exists.
         self.code_M, self.visits_M, self.stratum_M = ranks.code_M, visits_M, stratum_M
-        self.reach_S, self.eligible_S = _reach(ranks, competence)
-        self.tilt_SQ = _exp(beta * (2 * ranks.percentile_SQ.astype(np.float64) - 1))
-        self.fade_V = _exp(-VISIT_PENALTY * np.arange(MOST_VISITS + 1.0))
+        self.reach_S, self.eligible_S = _reach(ranks, window.competence)
+        self.tilt_SQ, retired_SQ = size_weights(ranks, pool_S, window.weights)
+        inside_SQ = np.arange(CODES) <= self.reach_S[:, None]
+        self.active_S = (ranks.count_SQ * (inside_SQ & ~retired_SQ)).sum(axis=1)
+        self.fade_V = _exp(-window.weights.visit_penalty * np.arange(MOST_VISITS + 1.0))
         columns = self.code_M, self.stratum_M, self.visits_M, self.reach_S
         self.least = table_loops.least_visits(*columns)
         self.sums_S = np.zeros(len(self.reach_S))

@@ -6,7 +6,7 @@ Only numbers are held in memory, 19 bytes a sample (20 with more than 256 strata
 Sample ids stay in the Parquet file that a table was read from, and are read a block at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -25,6 +25,7 @@ from pipeline.method import table_loops
 from pipeline.method.table_loops import CODES
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 Indices = NDArray[np.int64]
 ORIGIN = b"soft_targets"
 """Key of the Parquet file's metadata that says which store the priors came from."""
@@ -34,6 +35,7 @@ CHANGING = ("difficulty", "visits", "last_step", "last_window")
 """What training changes: the columns of a checkpoint."""
 NEVER = -1
 """`last_step` of a sample never scored, `last_window` of one never drawn."""
+_POOL = "pool, "
 _SCHEMA = pa.schema(
     {
         "sample_id": pa.string(),
@@ -56,13 +58,28 @@ class Ranks:
     """Samples of each stratum with each code."""
     percentile_SQ: Floats
     """(samples below + half of those with the code) / samples of the stratum; ascending."""
+    low_S: Doubles
+    """Hardness of a stratum's code 0."""
+    step_S: Doubles
+    """Hardness from one code to the next."""
 
     @classmethod
-    def from_codes(cls, code_M: NDArray[np.uint16], count_SQ: NDArray[np.int64]) -> "Ranks":
+    def from_codes(
+        cls, code_M: NDArray[np.uint16], count_SQ: NDArray[np.int64], low_S: Doubles, step_S: Doubles
+    ) -> "Ranks":
         """Ranks of codes and their counts."""
         below_SQ = np.cumsum(count_SQ, axis=1) - count_SQ
         size_S1 = np.maximum(count_SQ.sum(axis=1, keepdims=True), 1)
-        return cls(code_M, count_SQ, ((below_SQ + count_SQ / 2) / size_S1).astype(np.float32))
+        percentile_SQ = ((below_SQ + count_SQ / 2) / size_S1).astype(np.float32)
+        return cls(code_M, count_SQ, percentile_SQ, low_S, step_S)
+
+    def relative_sizes(self) -> Doubles:
+        """f64[S, Q]: the hardness of each code as a multiple of its stratum's mean; 1 where all are 0."""
+        number_S = np.maximum(self.count_SQ.sum(axis=1), 1)
+        sum_S = (self.count_SQ * np.arange(CODES)).sum(axis=1)  # of integers: the same in any order
+        mean_S1 = (self.low_S + self.step_S * (sum_S / number_S))[:, None]
+        hardness_SQ = self.low_S[:, None] + self.step_S[:, None] * np.arange(CODES)
+        return np.where(mean_S1 > 0, hardness_SQ / np.where(mean_S1 > 0, mean_S1, 1), 1.0)
 
     def of(self, stratum: NDArray[np.integer], index: Indices | slice) -> Floats:
         """u of some samples; `stratum` of all."""
@@ -100,6 +117,11 @@ class HardnessTable:
 
     def __len__(self) -> int:
         return len(self.prior)
+
+    @property
+    def pool_S(self) -> NDArray[np.bool_]:
+        """Which strata are of samples that the teacher answered."""
+        return np.array([name.startswith(_POOL) for name in self.strata], bool)
 
     def ids(self) -> Iterator[pa.Array]:
         """The sample ids in order, in blocks of at most ROWS."""
@@ -182,26 +204,26 @@ class HardnessTable:
         with the same step share a rank.
 
         A scored entry relaxes toward its stratum's mean with the given half-life since its last score. An entry never
-        scored is ranked by its prior, moved by how far scores lie from priors on average in its stratum: while the
-        student is weak every visit scores high, and seen easy samples would otherwise outrank unseen hard ones. [ours]
+        scored is taken at its prior times the ratio of scores to priors in its stratum: the student learns from what it
+        sees about what it does not see, and a prior of the teacher's is on another scale. [ours]
         """
         # First pass: how far scores lie from priors, and the mean that scored entries relax to.
         columns = self.difficulty, self.prior, self.last_step, self.stratum
         sums_S5 = np.zeros((len(self.strata), 5))
         table_loops.stratum_sums(*columns, sums_S5)
-        scored_S, moved_S, difficulty_S, unscored_S, prior_S = sums_S5.T
-        shift_S = moved_S / np.maximum(scored_S, 1)
-        mean_S = (difficulty_S + prior_S + unscored_S * shift_S) / np.maximum(scored_S + unscored_S, 1)
+        scored_S, old_S, difficulty_S, unscored_S, prior_S = sums_S5.T
+        ratio_S = np.where(old_S > 0, difficulty_S / np.where(old_S > 0, old_S, 1), 1)
+        mean_S = (difficulty_S + prior_S * ratio_S) / np.maximum(scored_S + unscored_S, 1)
         # Second pass: the range, after relaxing. The decay of every possible age is looked up, not computed a sample.
         oldest = max(step - int(self.last_step.min(where=self.last_step >= 0, initial=step)), 0)
-        relaxing = *columns, step, decay(oldest, half_life_steps), mean_S, shift_S
+        relaxing = *columns, step, decay(oldest, half_life_steps), mean_S, ratio_S
         low_S, high_S = np.full(len(self.strata), np.inf), np.full(len(self.strata), -np.inf)
         table_loops.relaxed_range(*relaxing, low_S, high_S)
         # Third pass: codes and their counts, from which percentiles follow by cumulative sums.
         width_S = np.where(high_S > low_S, high_S - low_S, 1)
         code_M, count_SQ = np.empty(len(self), np.uint16), np.zeros((len(self.strata), CODES), np.int64)
         table_loops.quantise(*relaxing, low_S, (CODES - 1) / width_S, code_M, count_SQ)
-        return Ranks.from_codes(code_M, count_SQ)
+        return Ranks.from_codes(code_M, count_SQ, low_S, width_S / (CODES - 1))
 
     def percentile(self, *, step: int, half_life_steps: float) -> Floats:
         """u_i of all samples, see `ranks`."""
@@ -276,14 +298,14 @@ class HardnessTable:
                 start = rows.stop
 
     @classmethod
-    def load(cls, path: Path) -> "HardnessTable":
-        """Read what `save` wrote. UserError if it is missing or not such a table."""
+    def load(cls, path: Path, command: str = "clkd hardness RECIPE.yaml") -> "HardnessTable":
+        """Read what `save` wrote. UserError if it is missing or not such a table; `command` makes it."""
         if not path.is_file():
-            raise UserError(f"{path}: no hardness table. Make it with `clkd hardness`.")
+            raise UserError(f"{path}: no hardness table. Make it with `{command}`.")
         try:
             return cls._read(pq.ParquetFile(path, pre_buffer=False))  # buffers would stay in memory
         except (pa.ArrowException, KeyError, ValueError) as error:
-            raise UserError(f"{path}: not a hardness table: {error}. Make it again with `clkd hardness`.") from None
+            raise UserError(f"{path}: not a hardness table: {error}. Make it again with `{command}`.") from None
 
     @classmethod
     def _read(cls, file: pq.ParquetFile) -> "HardnessTable":
@@ -309,6 +331,11 @@ class HardnessTable:
         by_name = np.array([table.strata.index(s) for s in codes], _code_type(len(codes)))
         table.stratum = by_name[table.stratum] if codes else table.stratum.astype(np.uint8)
         return table
+
+
+def strata_of(tasks: Iterable[str], from_pool_M: NDArray[np.bool_]) -> list[str]:
+    """The stratum of every sample: its task, and whether the teacher answered it."""
+    return [_POOL + task if pooled else task for task, pooled in zip(tasks, from_pool_M.tolist(), strict=True)]
 
 
 def decay(oldest: int, half_life: float) -> NDArray[np.float64]:

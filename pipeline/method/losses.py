@@ -18,6 +18,8 @@ from pipeline.targets.soft_targets import SoftTargets
 IGNORE = -100
 """Label of a row that does not count."""
 NORMALISER_EMA = 0.9
+MOST_NATS = 6.0
+"""Largest hardness of a token: a token that the student finds impossible must not outweigh all others."""
 GATE_MARGIN = 2.0
 """How much worse than the student a teacher may be on a token, in units of s, before the gate begins to close."""
 
@@ -192,9 +194,14 @@ def learnability_gate(ce_student_N: Tensor, ce_teacher_N: Tensor, scale: float) 
     return (2 * torch.sigmoid((ce_student_N - ce_teacher_N) / scale + GATE_MARGIN)).clamp(max=1)
 
 
-def chased_hardness(hardness_N: Tensor, gate_N: Tensor | None) -> Tensor:
-    """rho h: the part of a token's hardness that a better teacher could take away. [ours]"""
-    return hardness_N if gate_N is None else hardness_N * gate_N
+def chased_nats(kl_N: Tensor, gate_N: Tensor | None) -> Tensor:
+    """r = rho min(KL, 6) in nats: how far a token is from the teacher, as far as the teacher is worth following.
+
+    In nats, because what a step can gain on a token grows with its KL: |q - p|_1 <= sqrt(2 KL) [published: Pinsker];
+    as hardness, and its bound, ours. `kl_N` at the targets' temperature, without the T^2.
+    """
+    nats_N = kl_N.clamp(0, MOST_NATS)
+    return nats_N if gate_N is None else nats_N * gate_N
 
 
 def token_tilt(hardness_N: Tensor, beta: float) -> Tensor:

@@ -32,10 +32,16 @@ LEAD_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """A window's samples, in order, and the percentiles they were planned from."""
+    """A window's samples, in order, and what they were planned from."""
 
     index: Indices
     percentile: Percentiles
+    retired: NDArray[np.int64]
+    """[]: how many samples were retired then."""
+
+
+ARRAYS = ("index", "percentile", "retired")
+NOTHING = np.zeros((), np.int64)
 
 
 class WindowPlan:
@@ -60,7 +66,7 @@ class WindowPlan:
         self.lead = max(1, int(LEAD_SHARE * window_steps))
         # No step lies in [0, 0): the first `refresh` plans a window.
         self.start = self.end = 0
-        self.current = Order(np.zeros(0, np.int64), np.zeros(0, np.float32))
+        self.current = Order(np.zeros(0, np.int64), np.zeros(0, np.float32), NOTHING)
         self._next: Order | None = None
         self._planning: Future[Order] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="plan")
@@ -109,14 +115,14 @@ class WindowPlan:
         """The content of this window and of a planned next one, for the checkpoint's arrays. `settle` first."""
         assert self._planning is None
         orders = {"plan": self.current} | ({"plan/next": self._next} if self._next else {})
-        return {f"{k}/{name}": getattr(o, name) for k, o in orders.items() for name in ("index", "percentile")}
+        return {f"{k}/{name}": getattr(o, name) for k, o in orders.items() for name in ARRAYS}
 
     def load(self, state: Mapping[str, int], arrays: Mapping[str, NDArray[Any]]) -> None:
         """Restore what `state_dict` and `arrays` gave."""
         self.start, self.end = state["start"], state["end"]
-        self.current = Order(arrays["plan/index"], arrays["plan/percentile"])
+        self.current = Order(*(arrays[f"plan/{name}"] for name in ARRAYS))
         if "plan/next/index" in arrays:
-            self._next = Order(arrays["plan/next/index"], arrays["plan/next/percentile"])
+            self._next = Order(*(arrays[f"plan/next/{name}"] for name in ARRAYS))
 
     def untrained(self, step: int, state: Mapping[str, int], arrays: Mapping[str, NDArray[Any]]) -> Indices:
         """What `state_dict` and `arrays` gave and is not trained after `step` steps, the next window included."""
@@ -133,31 +139,41 @@ class WindowPlan:
         size = self._steps_from(start) * self.batch_size
         if table is None:
             index = curriculum.uniform_order(self.num_samples, self.seed, start * self.batch_size, size)
-            return Order(index, np.full(size, 0.5, np.float32))
+            return Order(index, np.full(size, 0.5, np.float32), NOTHING)
         # Percentiles are needed without a curriculum too: the release of harder samples is delayed by them.
         half_life = self.hardness.half_life_epochs * self.num_samples / self.batch_size
-        ranks = table.ranks(step=step, half_life_steps=half_life)
+        ranks, retired = table.ranks(step=step, half_life_steps=half_life), 0
         if self.settings is None:
             index = curriculum.uniform_order(self.num_samples, self.seed, start * self.batch_size, size)
         else:
             window = self._window(start, tau, size, self.settings)
-            columns = table.visits, table.last_window, table.stratum
+            columns = table.visits, table.last_window, table.stratum, table.pool_S
             # A window's rest has random numbers of its own: with the window's, samples that it had first would come
             # first again.
             seed = self.seed + start if start % self.window_steps else self.seed
             index = curriculum.plan_window(ranks, *columns, window, seed)
-        return Order(index, ranks.of(table.stratum, index))
+            retired = curriculum.retired(ranks, table.pool_S, window.weights)
+        return Order(index, ranks.of(table.stratum, index), np.array(retired))
 
     def _steps_from(self, start: int) -> int:
         """Steps until the next window begins."""
         return self.window_steps - start % self.window_steps
 
     def _window(self, start: int, tau: float, size: int, settings: CurriculumConfig) -> curriculum.Window:
-        competence = curriculum.competence(tau, settings.competence_start, settings.competence_until)
         return curriculum.Window(
             number=start // self.window_steps,
             size=size,
-            competence=competence,
-            beta=curriculum.tilt(competence, settings.competence_start, settings.tilt),
+            competence=curriculum.competence(tau, settings.competence_start, settings.competence_until),
             floor=settings.stratum_floor,
+            weights=_weights(settings),
         )
+
+
+def _weights(settings: CurriculumConfig) -> curriculum.Weights:
+    return curriculum.Weights(
+        gamma=settings.gamma,
+        mixture=settings.mixture,
+        cap=settings.cap,
+        visit_penalty=settings.visit_penalty,
+        retire_below=settings.retire_below,
+    )

@@ -14,6 +14,7 @@ from pipeline.recipe import DistillConfig
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 
 FINAL_SHARE = 0.05
 """The last share of training, in which every sample is at alpha_end. [ours]"""
@@ -116,14 +117,20 @@ RELEASES: dict[str, Callable[[Clock], Doubles]] = {
 """Share of (alpha_start - alpha_end) that is left of each sample."""
 
 
-def release_alpha(tau: float, percentile_G: Floats, settings: DistillConfig, gap: ClosingGap | None = None) -> Floats:
+def release_alpha(
+    tau: float, percentile_G: Floats, pool_G: Bools, settings: DistillConfig, gap: ClosingGap | None = None
+) -> Floats:
     """alpha_i = alpha(tau - eta u_i (t1 - t0)): harder samples are released later; all are in the last 5%.
 
     alpha(tau) = a1 + (a0 - a1) * left(clip((tau - t0) / (t1 - t0), 0, 1))
     [seed: gradually; published: annealing, BAM, arXiv:1907.04829; shapes and the delay by hardness ours]
 
+    Samples that the teacher answered keep alpha_start: there is nothing better to release them to, as their label is
+    the teacher's own. They are released by being drawn no more, see `curriculum.plan_window`. [ours]
+
     Args:
         percentile_G: hardness percentile u_i of each sample, in [0, 1].
+        pool_G: which of them the teacher answered.
         settings: a copy with another `release_to` is a second release, beside the first.
         gap: what was measured so far; only the adaptive release looks at it.
     """
@@ -133,4 +140,5 @@ def release_alpha(tau: float, percentile_G: Floats, settings: DistillConfig, gap
     left_G = RELEASES[settings.release](Clock(tau_G, np.clip((tau_G - start) / span, 0, 1), gap))
     if settings.release != "constant" and tau >= 1 - FINAL_SHARE:
         left_G = np.zeros_like(left_G)
+    left_G = np.where(pool_G, 1.0, left_G)
     return (settings.alpha_end + (settings.alpha_start - settings.alpha_end) * left_G).astype(np.float32)

@@ -6,7 +6,7 @@ So a job with another batch size and as many samples in all, or on another numbe
 import math
 
 from pipeline.method.curriculum import competence, tilt
-from pipeline.method.release import ClosingGap, Floats, release_alpha
+from pipeline.method.release import Bools, ClosingGap, Floats, release_alpha
 from pipeline.recipe import CurriculumConfig, JobConfig
 
 
@@ -37,10 +37,6 @@ class Schedules:
         """Share of samples eligible; a sampler's window keeps that of its first step."""
         return competence(self.tau(step), self._sampling.competence_start, self._sampling.competence_until)
 
-    def sample_beta(self, step: int) -> float:
-        """Tilt of the order on instance hardness; a sampler's window keeps that of its first step. 0 without one."""
-        return self._tilt(step, self._sampling.tilt) if self._job.curriculum else 0.0
-
     def token_beta(self, step: int) -> float:
         """Tilt of the KL's weights on token hardness; 0 without distillation."""
         return self._tilt(step, self._job.distill.token_tilt) if self._job.distill else 0.0
@@ -53,18 +49,24 @@ class Schedules:
     def _tilt(self, step: int, betas: tuple[float, float]) -> float:
         return tilt(self.competence(step), self._sampling.competence_start, betas)
 
-    def alpha(self, step: int, percentile_G: Floats, gap: ClosingGap | None = None) -> Floats:
-        """Share of the KL term of samples at these hardness percentiles; 0 without distillation."""
+    def alpha(self, step: int, percentile_G: Floats, pool_G: Bools, gap: ClosingGap | None = None) -> Floats:
+        """Share of the KL term of samples at these hardness percentiles; 0 without distillation.
+
+        Args:
+            pool_G: which of them the teacher answered.
+        """
         if self._job.distill is None:
             return 0 * percentile_G
-        return release_alpha(self.tau(step), percentile_G, self._job.distill, gap)
+        return release_alpha(self.tau(step), percentile_G, pool_G, self._job.distill, gap)
 
-    def feature_alpha(self, step: int, percentile_G: Floats, gap: ClosingGap | None = None) -> Floats | None:
-        """Share of the feature term, which is released first; None for a job without features."""
+    def feature_alpha(
+        self, step: int, percentile_G: Floats, pool_G: Bools, gap: ClosingGap | None = None
+    ) -> Floats | None:
+        """Share of the feature term; None for a job without features."""
         distill = self._job.distill
         if distill is None or distill.active_features is None:
             return None
-        return release_alpha(self.tau(step), percentile_G, distill.feature_release, gap)
+        return release_alpha(self.tau(step), percentile_G, pool_G, distill.feature_release, gap)
 
     def gap_steps(self) -> range:
         """Steps before which an adaptive release measures the gap: evenly spaced from t0 to t1. Else empty."""

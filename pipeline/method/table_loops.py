@@ -25,13 +25,13 @@ _UNIT = 2.0**-53
 
 @compiled
 def stratum_sums(difficulty_M: Array, prior_M: Array, last_step_M: Array, stratum_M: Array, sums_S5: Array) -> None:
-    """Add up per stratum: entries scored, their difficulty minus prior, their difficulty; never scored, their prior."""
+    """Add up per stratum: entries scored, their prior, their difficulty; those never scored, their prior."""
     for i in range(len(stratum_M)):
         s = stratum_M[i]
         if last_step_M[i] >= 0:
             d = np.float64(difficulty_M[i])
             sums_S5[s, 0] += 1.0
-            sums_S5[s, 1] += d - np.float64(prior_M[i])
+            sums_S5[s, 1] += np.float64(prior_M[i])
             sums_S5[s, 2] += d
         else:
             sums_S5[s, 3] += 1.0
@@ -39,9 +39,9 @@ def stratum_sums(difficulty_M: Array, prior_M: Array, last_step_M: Array, stratu
 
 
 @compiled
-def _relaxed(difficulty: Any, prior: Any, last_step: Any, step: int, keep_A: Array, mean: Any, shift: Any) -> Any:
+def _relaxed(difficulty: Any, prior: Any, last_step: Any, step: int, keep_A: Array, mean: Any, moved: Any) -> Any:
     if last_step < 0:
-        return np.float64(prior) + shift
+        return np.float64(prior) * moved
     keep = keep_A[max(step - last_step, 0)]  # a table scored before this job may say later steps
     return keep * np.float64(difficulty) + (1.0 - keep) * mean
 
@@ -55,14 +55,14 @@ def relaxed_range(
     step: int,
     keep_A: Array,
     mean_S: Array,
-    shift_S: Array,
+    moved_S: Array,
     low_S: Array,
     high_S: Array,
 ) -> None:
     """Smallest and largest relaxed hardness of each stratum, into low and high."""
     for i in range(len(stratum_M)):
         s = stratum_M[i]
-        x = _relaxed(difficulty_M[i], prior_M[i], last_step_M[i], step, keep_A, mean_S[s], shift_S[s])
+        x = _relaxed(difficulty_M[i], prior_M[i], last_step_M[i], step, keep_A, mean_S[s], moved_S[s])
         low_S[s] = min(low_S[s], x)
         high_S[s] = max(high_S[s], x)
 
@@ -76,7 +76,7 @@ def quantise(
     step: int,
     keep_A: Array,
     mean_S: Array,
-    shift_S: Array,
+    moved_S: Array,
     low_S: Array,
     scale_S: Array,
     code_M: Array,
@@ -85,7 +85,7 @@ def quantise(
     """code = round((relaxed - low) * scale), and how many samples of a stratum have each code."""
     for i in range(len(stratum_M)):
         s = stratum_M[i]
-        x = _relaxed(difficulty_M[i], prior_M[i], last_step_M[i], step, keep_A, mean_S[s], shift_S[s])
+        x = _relaxed(difficulty_M[i], prior_M[i], last_step_M[i], step, keep_A, mean_S[s], moved_S[s])
         code = min(int((x - low_S[s]) * scale_S[s] + 0.5), _LAST)
         code_M[i] = code
         count_SQ[s, code] += 1

@@ -1,20 +1,43 @@
 """`jobs.NAME.curriculum` and `jobs.NAME.hardness`: the order of samples, and how hard each of them is."""
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from pipeline.recipe.base import Fraction, Positive, PositiveFloat, PositiveFraction, Range, Section
+from pydantic import Field
+
+from pipeline.recipe.base import (
+    Fraction,
+    NonNegative,
+    Number,
+    Positive,
+    PositiveFloat,
+    PositiveFraction,
+    Section,
+    ShareBelowOne,
+)
+
+Half = Annotated[Number, Field(ge=0.0, multiple_of=0.5)]
 
 
 class CurriculumConfig(Section):
     """The hardness-ordered sampler (METHOD section 5). Absent: a seeded uniform shuffle."""
 
-    competence_start: PositiveFraction = 0.9
-    """c0: share of samples eligible at the start, easiest first."""
+    gamma: Half = 2.0
+    """Weight of a sample: its hardness as a multiple of its stratum's mean, to this power; a multiple of 0.5, 0 draws
+    uniformly."""
+    cap: Annotated[Number, Field(ge=1.0)] = 50.0
+    """w_max: largest such weight, at least 1."""
+    mixture: Fraction = 1.0
+    """m: share of the weight that hardness decides; the rest is even."""
+    visit_penalty: NonNegative = 0.1
+    """lambda: nats of log-weight that a visit costs against the least visited sample."""
+    retire_below: ShareBelowOne = 0.25
+    """delta: a sample of the pool with less than this share of its stratum's mean hardness is retired: drawn by the
+    sweep alone until its hardness rises. 0: none is."""
+    competence_start: PositiveFraction = 1.0
+    """c0: share of samples eligible at the start, easiest first; 1: all are, from the start."""
     competence_until: PositiveFraction = 0.2
     """tau_g: share of training at which all samples are eligible."""
-    tilt: Range = (0.0, 0.5)
-    """beta on samples at the start and once all are eligible: above 0 hard ones are preferred, below 0 easy ones;
-    `[0, 0]` draws the eligible uniformly."""
     window_steps: Positive = 50
     """R: optimizer steps per planned window."""
     stratum_floor: Fraction = 0.5
@@ -24,8 +47,11 @@ class CurriculumConfig(Section):
 class HardnessConfig(Section):
     """Instance hardness (METHOD section 4)."""
 
+    start: Literal["student", "teacher"] = "student"
+    """Whose view a curriculum starts from: a forward of the job's own starting model over all samples, or the teacher's
+    entropy and cross-entropy, which cost nothing and find less."""
     table: Path | None = None
-    """Table to start from, as `clkd hardness --student` writes it; None: `<run.dir>/hardness.parquet`."""
+    """Table to start from instead, as `clkd hardness --student` writes it."""
     dynamic: bool = True
     """Update the table from the losses of every visit; False keeps the prior."""
     ema: Fraction = 0.7

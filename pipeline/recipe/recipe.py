@@ -1,5 +1,6 @@
 """A whole recipe: its sections, what must hold between them, and where a run's files are."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -224,6 +225,24 @@ class Recipe(Section):
     def job_dir(self, name: str) -> Path:
         """Folder of one training job: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `model/`."""
         return self.run.dir / "jobs" / name
+
+    def hardness_file(self, student: str | None) -> Path:
+        """The table of a student's scores by its reference, or of the teacher's view (None), as `clkd hardness` writes.
+
+        Training looks for it there, see `starting_table`.
+        """
+        slug = re.sub(r"[^A-Za-z0-9]+", "-", student or "").strip("-")
+        return self.run.dir / "hardness" / f"{slug}.parquet" if student else self.run.dir / "hardness.parquet"
+
+    def scored_student(self, name: str) -> str | None:
+        """The model whose scores a job's curriculum starts from; None: the teacher's view, or a table that is named."""
+        job = self.jobs[name]
+        scored = job.curriculum is not None and job.hardness.start == "student" and job.hardness.table is None
+        return job.init if scored else None
+
+    def starting_table(self, name: str) -> Path:
+        """The hardness table that a job starts from."""
+        return self.jobs[name].hardness.table or self.hardness_file(self.scored_student(name))
 
     # -- jobs ----------------------------------------------------------------------------------------------------
 

@@ -281,7 +281,7 @@ def hardness_columns(path: Path) -> Json:
     """A hardness table's columns as lists. Raises Missing."""
     try:
         columns: Json = pq.read_table(
-            path, columns=["sample_id", "stratum", "hardness", "rank", "last_step"]
+            path, columns=["sample_id", "stratum", "hardness", "rank", "visits", "last_step"]
         ).to_pydict()
     except FileNotFoundError:
         raise Missing("There is no hardness table: the hardness stage has not been run.") from None

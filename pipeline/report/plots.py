@@ -7,7 +7,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import Any
 
@@ -31,6 +31,8 @@ _TASK_COLOURS = ("#0d9488", "#8b6fb8", "#c2578a", "#a16207")
 _LOAD_COLOURS = LinearSegmentedColormap.from_list("load", ["#3f6fa6", "#a9c3de", "#f8f7f4", "#f0b98a", "#c4581f"])
 _HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1.2}
 _BINS = 32
+_MOST = 0.995
+"""Share of samples whose hardness has a place of its own in a histogram; the rest stand at its end."""
 _MOST_GROUPS = 8
 """Tasks or slices that a histogram tells apart; the rarest beyond are drawn as one."""
 _OTHERS = "others"
@@ -241,7 +243,7 @@ def schedule_curves(jobs: Sequence[JobCurves]) -> str:
     panels = (
         Panel("alpha", "Weight of the teacher (alpha)", top=1.05, band=("alpha_min", "alpha_max")),
         Panel("competence", "Share of samples eligible", idle=1.0, top=1.05),
-        Panel("sample_beta", "Tilt to hard samples (beta)", bottom=None),
+        Panel("retired", "Samples of the pool retired"),
         Panel("token_hardness", "Token hardness (mean)", distilling=True),
         Panel("targets_read", "Targets read in a step (samples)"),
         Panel("gap", "Gap to the teacher (nats a token)", bottom=None),
@@ -254,8 +256,9 @@ def schedule_curves(jobs: Sequence[JobCurves]) -> str:
 def hardness_histograms(views: Sequence[HardnessView]) -> str:
     """A row of two panels per view: hardness by task and by slice, each group normalised to 1."""
     figure, axes = _figure(2, height=2.35 * len(views), rows=len(views))
-    top = max((float(v.hardness.max(initial=0.0)) for v in views), default=0.0)
-    edges = np.linspace(0, min(1.0, 1.05 * top) or 1.0, _BINS + 1)
+    top = max((float(np.quantile(v.hardness, _MOST)) for v in views if len(v.hardness)), default=0.0)
+    edges = np.linspace(0, 1.05 * top or 1.0, _BINS + 1)
+    views = [replace(view, hardness=np.minimum(view.hardness, edges[-1])) for view in views]
     for row, view in enumerate(views):
         tasks, slices = _few(view.tasks), _few(view.slices)
         colours = {task: _TASK_COLOURS[i % len(_TASK_COLOURS)] for i, task in enumerate(sorted(set(tasks)))}

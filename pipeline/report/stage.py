@@ -9,6 +9,7 @@ or broken is left out, with a sentence that says so: a report never fails a run.
 import argparse
 import math
 import shlex
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -274,13 +275,13 @@ def _experts_figure(recipe: Recipe, jobs: Sequence[JobCurves]) -> Json:
 
 
 def _hardness_figure(recipe: Recipe, results: Results) -> Json:
-    """Histograms before and after training, and how corner cases are spread over the ranks."""
-    before = hardness_columns(recipe.run.dir / "hardness.parquet")
+    """Histograms before and after training, how slices are spread over the ranks, and how often each was drawn."""
     refs = [row.model for row in reversed(results.rows)] + [f"jobs.{name}" for name in reversed(recipe.jobs)]
     jobs = [job for ref in refs if (job := Reference.parse(ref).job) is not None]
-    paths = [recipe.job_dir(job) / "hardness.parquet" for job in jobs]
-    after_path = next((path for path in paths if path.is_file()), None)
-    after = hardness_columns(after_path) if after_path else None
+    trained = next((job for job in jobs if (recipe.job_dir(job) / "hardness.parquet").is_file()), None)
+    after = hardness_columns(recipe.job_dir(trained) / "hardness.parquet") if trained else None
+    start = trained or next((job for job in jobs if job in recipe.jobs), None)
+    before = hardness_columns(recipe.starting_table(start) if start else recipe.hardness_file(None))
     slices = _try(lambda: train_slices(recipe))
     known = slices if isinstance(slices, dict) else {}
     tables = [("Before training", before), *([("After training", after)] if after else [])]
@@ -295,12 +296,22 @@ def _hardness_figure(recipe: Recipe, results: Results) -> Json:
     ]
     return {
         "figure": Markup(plots.hardness_histograms(views)),
-        "job": after_path.parent.name if after_path else None,
+        "job": trained,
         "visited": sum(step >= 0 for step in after["last_step"]) if after else None,
         "count": len(before["sample_id"]),
+        "visits": _visits(after, known) if after else [],
         "deciles": [_corner_shares(title, table, known) for title, table in tables],
         "note": str(slices) if isinstance(slices, Missing) else None,
     }
+
+
+def _visits(table: Json, slices: Mapping[str, str]) -> list[tuple[str, int, float]]:
+    """(slice, its samples, mean draws of one) of the job's whole training, most drawn first."""
+    drawn = defaultdict[str, list[int]](list)
+    for sample_id, visits in zip(table["sample_id"], table["visits"], strict=True):
+        drawn[slices.get(sample_id, NO_SLICE)].append(visits)
+    rows = [(_place(part), len(counts), sum(counts) / len(counts)) for part, counts in drawn.items()]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 def _corner_shares(title: str, table: Json, slices: Mapping[str, str]) -> Json | None:

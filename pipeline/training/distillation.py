@@ -65,7 +65,7 @@ class Distillation:
         samples = data.samples
         ids = sample_ids(samples)
         store.require(ids, data.fingerprint)
-        table = _table(recipe, job, ids)
+        table = _table(recipe, name, ids)
         sketches = None
         if job.distill is not None and job.distill.active_features is not None:
             sketches = SketchStore.open(recipe.store_url, identity)
@@ -119,12 +119,13 @@ def _held_before(job_dir: Path) -> list[str] | None:
     return None if newest is None else checkpoint_folder.read_meta(newest)["state"].get("held_out") or None
 
 
-def _table(recipe: Recipe, job: JobConfig, ids: Sequence[str]) -> HardnessTable:
-    path = job.hardness.table or recipe.run.dir / "hardness.parquet"
-    table = HardnessTable.load(path)
+def _table(recipe: Recipe, name: str, ids: Sequence[str]) -> HardnessTable:
+    path, student = recipe.starting_table(name), recipe.scored_student(name)
+    command = f"clkd hardness RECIPE.yaml --student {student} job={name}" if student else "clkd hardness RECIPE.yaml"
+    table = HardnessTable.load(path, command)
     if not table.is_of(ids):
         raise UserError(
             f"{path}: made for {len(table)} other samples than the {len(ids)} of this run. "
-            "Make it again with `clkd hardness`. Nothing was started."
+            f"Make it again with `{command}`. Nothing was started."
         )
     return table

@@ -51,8 +51,9 @@ def _requests(setup: Setup, step: int) -> list[Request]:
     """This rank's micro-batches of a step: table indices and alpha of each sample."""
     job, schedules = setup.job, setup.schedules
     index_G, percentile_G = setup.plan.batch(step)
-    alpha_G = schedules.alpha(step, percentile_G, setup.gap)
-    feature_G = schedules.feature_alpha(step, percentile_G, setup.gap)
+    pool_G = setup.from_pool(index_G)
+    alpha_G = schedules.alpha(step, percentile_G, pool_G, setup.gap)
+    feature_G = schedules.feature_alpha(step, percentile_G, pool_G, setup.gap)
     order_G = by_length(setup.samples, index_G)
     ranks = dist.get_rank(), dist.get_world_size()
     positions = curriculum.rank_share(job.batch.global_size, *ranks, job.batch.micro_size)

@@ -100,7 +100,7 @@ def optimize(
     used = {"lr": lr, "grad_norm": grad_norm, "token_beta": context.beta, "normaliser": context.normaliser}
     if context.features:
         used["feature_beta"] = context.feature_beta
-    return stats, used | scheduled(job, setup.schedules, step, setup.plan.batch(step)[1], setup.gap)
+    return stats, used | scheduled(setup, step)
 
 
 def _context(setup: Setup, step: int) -> StepContext:

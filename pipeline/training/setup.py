@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from pipeline.benchmark.word_alignment import CellWords, VisionProbe
 from pipeline.data.processor import Processor
@@ -75,6 +77,11 @@ class Setup:
     def table(self) -> HardnessTable | None:
         """The hardness table, for a job that has one."""
         return self.distillation.table if self.distillation else None
+
+    def from_pool(self, index_G: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which samples the teacher answered; nobody needs to know it without a teacher."""
+        table = self.table
+        return np.zeros(len(index_G), bool) if table is None else table.pool_S[table.stratum[index_G]]
 
     @property
     def gap(self) -> ClosingGap | None:

@@ -160,11 +160,10 @@ def _forward(
     stats.add(loss=share, ce=terms.ce_N.sum(), alpha=micro.alpha_N.sum())
     if not math.isfinite(share):
         stats.not_finite += micro.sample_ids
-    features = None
     if states is not None and context.features is not None:
         features = _feature_terms(context, states.hidden_BSD, micro, stats)
         loss = loss + context.features.weight * features.loss_sum / num_features
-    _measure_hardness(context, micro, terms, features, stats)
+    _measure_hardness(context, micro, terms, stats)
     if context.vision is not None and micro.cells_CV is not None:
         loss = loss + _vision_loss(context, context.vision.take(), micro, stats)
     if context.probe is not None:
@@ -237,45 +236,31 @@ def _measure_hardness(
     context: StepContext,
     micro: MicroBatch,
     terms: DistillationTerms,
-    features: FeatureTerms | None,
     stats: StepStats,
 ) -> None:
     """Token and instance hardness of the samples that the teacher still teaches: no extra forward."""
     # Zeros first: all ranks must have the same keys when they sum, whether they distil anything in this step or not.
     stats.add(kl=0, distilled=0, token_hardness=0, instance_hardness=0, scored=0, weighted=0, plain=0)
-    parts = []
-    if terms.kl_N is not None and terms.hardness_N is not None:
-        on_N = micro.alpha_N > 0
-        stats.add(kl=terms.kl_N[on_N].sum(), distilled=on_N.sum(), token_hardness=terms.hardness_N[on_N].sum())
-        stats.add(weighted=terms.weighted_sum, plain=terms.plain_sum)
-        chased_N = losses.chased_hardness(terms.hardness_N, terms.gate_N if context.job.hardness.gate else None)
-        parts.append(_pooled(context, micro, chased_N, micro.sample_N, micro.request.alpha_B))
-    if features is not None and micro.features is not None and micro.request.feature_alpha_B is not None:
-        sample_J, alpha_B = micro.features.sample_J, micro.request.feature_alpha_B
-        parts.append(_pooled(context, micro, features.distance_J, sample_J, alpha_B))
-    if not parts:
+    if terms.kl_N is None or terms.hardness_N is None:
         return
-    # Mean over the granularities (tokens, features) that still teach a sample; none: NaN, and no score.
-    scores_B = torch.stack(parts).nanmean(0)
-    on_B = scores_B.isfinite()
-    stats.index.append(torch.from_numpy(micro.request.index_B)[on_B])
-    stats.scores.append(scores_B[on_B])
-    stats.add(instance_hardness=scores_B[on_B].sum(), scored=on_B.sum())
-
-
-def _pooled(
-    context: StepContext, micro: MicroBatch, hardness_X: Tensor, sample_X: Tensor, alpha_B: NDArray[np.float32]
-) -> Tensor:
-    """Instance score [B] of one granularity, on the CPU; NaN for samples released from it."""
+    on_N = micro.alpha_N > 0
+    stats.add(kl=terms.kl_N[on_N].sum(), distilled=on_N.sum(), token_hardness=terms.hardness_N[on_N].sum())
+    stats.add(weighted=terms.weighted_sum, plain=terms.plain_sum)
+    gate_N = terms.gate_N if context.job.hardness.gate else None
+    nats_N = losses.chased_nats(terms.kl_N / context.temperature**2, gate_N)
     settings = context.job.hardness
     scores_B = instance_scores(
-        hardness_X,
-        sample_X,
+        nats_N,
+        micro.sample_N,
         len(micro.sample_ids),
         tail_weight=settings.tail_weight,
         tail_share=settings.tail_share,
     )
-    return torch.where(torch.from_numpy(alpha_B > 0), scores_B, torch.nan)
+    # Features have a hardness of their own, on another scale: it weighs their rows, and is not in this one. [ours]
+    on_B = torch.from_numpy(micro.request.alpha_B > 0)
+    stats.index.append(torch.from_numpy(micro.request.index_B)[on_B])
+    stats.scores.append(scores_B[on_B])
+    stats.add(instance_hardness=scores_B[on_B].sum(), scored=on_B.sum())
 
 
 def router_loss(context: StepContext, logits: list[Tensor], mask_BS: Tensor, stats: StepStats) -> Tensor:

@@ -8,27 +8,25 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.method.release import ClosingGap, Floats
-from pipeline.method.schedules import Schedules
-from pipeline.recipe import JobConfig
+from pipeline.training.setup import Setup
 from pipeline.training.step import StepStats
 
 
-def scheduled(
-    job: JobConfig, schedules: Schedules, step: int, percentile_G: Floats, gap: ClosingGap | None
-) -> dict[str, Any]:
-    """Where a step stands: samples seen after it, competence, tilt, the range of alpha over its global batch.
+def scheduled(setup: Setup, step: int) -> dict[str, Any]:
+    """Where a step stands: samples seen after it, competence, the range of alpha over its global batch.
 
     Args:
         step: steps done before it.
-        percentile_G: hardness percentiles of the global batch.
-        gap: what an adaptive release follows; None without distillation.
     """
-    alpha_G = schedules.alpha(step, percentile_G, gap)
+    job, schedules, gap = setup.job, setup.schedules, setup.gap
+    index_G, percentile_G = setup.plan.batch(step)
+    pool_G = setup.from_pool(index_G)
+    alpha_G = schedules.alpha(step, percentile_G, pool_G, gap)
     values: dict[str, Any] = {
         "samples": schedules.samples(step + 1),
         "competence": schedules.competence(step) if job.curriculum else 1.0,
-        "sample_beta": schedules.sample_beta(step),
+        "pool_share": float(pool_G.mean()),
+        "retired": int(setup.plan.current.retired),
         "alpha_min": float(alpha_G.min()),
         "alpha_max": float(alpha_G.max()),
     }

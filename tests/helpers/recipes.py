@@ -22,7 +22,7 @@ JOB = {
 CLKD = {
     **JOB, "init": "models.moe", "steps": STEPS, "log_every": 1,
     "optimizer": {"lr": 0.01, "grad_clip": 0.1}, "distill": DISTILL,
-    "curriculum": {"window_steps": WINDOW, "competence_start": 0.3, "competence_until": 0.5, "tilt": [-1.0, 1.0]},
+    "curriculum": {"window_steps": WINDOW, "competence_start": 0.3, "competence_until": 0.5, "gamma": 1.0},
 }  # fmt: skip
 TINY: dict[str, Any] = {
     "benchmark": {

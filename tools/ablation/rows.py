@@ -24,8 +24,8 @@ KD: Values = {
 SFT: Values = {"distill": None, "curriculum": None}
 DENSE: Values = {"init": "models.dense"}
 CONSTANT: Values = {"distill": {"release": "constant"}}
-REVERSED: Values = {"distill": {"features": {"tilt": (-1.0, -1.0)}}, "curriculum": {"tilt": (0.0, -0.5)}}
-EASY: Values = {"curriculum": {"competence_start": 0.3, "competence_until": 0.5, "tilt": (-1.0, 1.0)}}
+REVERSED: Values = {"distill": {"features": {"tilt": (-1.0, -1.0)}}}
+EASY: Values = {"curriculum": {"competence_start": 0.3, "competence_until": 0.5}}
 ALIKE: Values = {"tilt": (0.0, 0.0)}
 """Features that all count alike."""
 SAMPLED: Values = {"codec": "sampled"}

@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from pipeline.errors import run_main
-from pipeline.method.curriculum import Window, plan_window
+from pipeline.method.curriculum import Weights, Window, plan_window
 from pipeline.method.hardness import ROWS, HardnessTable
 from pipeline.method.plan import WindowPlan
 from pipeline.recipe import CurriculumConfig, HardnessConfig
@@ -116,8 +116,8 @@ def timed(function: Callable[[], Any], repeats: int, clock: Callable[[], float] 
 def plan_once(table: HardnessTable, number: int) -> np.ndarray:
     """What a window's planning does, all samples eligible."""
     ranks = table.ranks(step=STEP, half_life_steps=len(table) / BATCH)
-    window = Window(number=number, size=BATCH * STEPS, competence=1.0, beta=1.0, floor=0.5)
-    return plan_window(ranks, table.visits, table.last_window, table.stratum, window, seed=0)
+    window = Window(number, BATCH * STEPS, floor=0.5, weights=Weights(gamma=2.0, visit_penalty=0.1))
+    return plan_window(ranks, table.visits, table.last_window, table.stratum, table.pool_S, window, seed=0)
 
 
 def measure(path: Path, repeats: int) -> dict[str, float | None]:

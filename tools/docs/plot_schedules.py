@@ -36,15 +36,14 @@ def scheduled(recipe: Recipe) -> dict[str, JobConfig]:
 
 
 def values(job: JobConfig, steps: Sequence[int]) -> Floats:
-    """A row for each step: samples seen before it, alpha at the three percentiles, competence, tilt of the order."""
+    """A row for each step: samples seen before it, alpha at the three percentiles, competence."""
     schedules = Schedules(job)
     latest, percentiles = ClosingGap(ema=0.0), np.array(PERCENTILES, np.float32)
     rows = [
         [
             schedules.samples(step),
-            *schedules.alpha(step, percentiles, latest),
+            *schedules.alpha(step, percentiles, np.zeros(len(percentiles), bool), latest),
             schedules.competence(step) if job.curriculum else 1.0,
-            schedules.sample_beta(step),
         ]
         for step in steps
     ]
@@ -57,23 +56,23 @@ def table(name: str, job: JobConfig) -> str:
     about = f"{job.steps:,} steps of {job.batch.global_size} samples"
     release = f", release: {job.distill.release}" if job.distill else ""
     lines = [f"{name}: {about}{release}", f"{'samples seen':>14}{'alpha: easy':>13}{'median':>9}{'hard':>9}"]
-    lines[1] += f"{'competence':>12}{'tilt':>8}"
-    for samples, easy, median, hard, competence, beta in values(job, steps).tolist():
-        lines.append(f"{samples:>14,.0f}{easy:>13.3f}{median:>9.3f}{hard:>9.3f}{competence:>12.3f}{beta:>8.2f}")
+    lines[1] += f"{'competence':>12}"
+    for samples, easy, median, hard, competence in values(job, steps).tolist():
+        lines.append(f"{samples:>14,.0f}{easy:>13.3f}{median:>9.3f}{hard:>9.3f}{competence:>12.3f}")
     return "\n".join(lines)
 
 
 def plot(jobs: dict[str, JobConfig], path: Path) -> None:
-    """Write the picture: alpha with a band from easiest to hardest, competence, beta."""
-    figure = Figure(figsize=(10.6, 2.9), layout="constrained")
-    panels = figure.subplots(1, 3)
+    """Write the picture: alpha with a band from easiest to hardest, competence."""
+    figure = Figure(figsize=(8.6, 2.9), layout="constrained")
+    panels = figure.subplots(1, 2)
     for position, (name, job) in enumerate(jobs.items()):
         colour = COLOURS[position % len(COLOURS)]
-        samples, easy, median, hard, competence, beta = values(job, range(job.steps)).T
+        samples, easy, median, hard, competence = values(job, range(job.steps)).T
         panels[0].fill_between(samples, easy, hard, color=colour, alpha=0.2, linewidth=0)
-        for panel, curve in zip(panels, (median, competence, beta), strict=True):
+        for panel, curve in zip(panels, (median, competence), strict=True):
             panel.plot(samples, curve, color=colour, label=name, linewidth=1.6)
-    titles = ("Weight of the teacher (alpha)", "Share of samples eligible", "Tilt to hard samples (beta)")
+    titles = ("Weight of the teacher on labelled samples (alpha)", "Share of samples eligible")
     for panel, title in zip(panels, titles, strict=True):
         _finish(panel, title)
     panels[0].set_ylim(0, 1.05)
