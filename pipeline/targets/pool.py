@@ -70,7 +70,7 @@ def open_training_samples(recipe: Recipe, processor: Processor, job: str | None 
     settings = recipe.targets.answers
     if settings is None:
         return open_training_split(recipe)
-    if job is not None and makes_the_teacher(recipe, job):
+    if job is not None and recipe.makes_the_teacher(job):
         return _labelled(recipe, job)
     questions = open_questions(recipe)
     if not questions.from_pool().any():
@@ -99,12 +99,6 @@ def open_answers(recipe: Recipe, processor: Processor, questions: Index) -> Answ
             "`clkd teacher RECIPE.yaml` answers them. Nothing was started."
         )
     return store
-
-
-def makes_the_teacher(recipe: Recipe, job: str) -> bool:
-    """Whether the teacher comes from this job: it must be trained before there is anybody to answer."""
-    teacher = recipe.targets.teacher
-    return teacher is not None and any(reference.job == job for reference in recipe.lineage(teacher))
 
 
 def digest_of(store: AnswerStore) -> str:

@@ -72,7 +72,7 @@ def plain(run: Path, split: str = "train") -> list:
 @pytest.fixture
 def small_steps(monkeypatch):
     """So many batches, buckets and passes as a large data set has."""
-    monkeypatch.setattr(build, "ROWS", 8)
+    monkeypatch.setattr(tables, "ROWS", 8)
     monkeypatch.setattr(build, "_PASS", 7)
     monkeypatch.setattr(tables, "_BUCKET_ROWS", 2)
 
