@@ -62,8 +62,8 @@ class SplitCheck:
             )
         if self.no_room:
             found.append(
-                f"{self.name}: {self.no_room:,} question(s) leave less than targets.answers.max_new_tokens for an answer "
-                f"within data.max_length {data.max_length}: an answer that is too long is left out"
+                f"{self.name}: {self.no_room:,} question(s) leave less than targets.answers.max_new_tokens for an "
+                f"answer within data.max_length {data.max_length}: one that is too long is left out"
             )
         if self.name == data.test_split and len({kind for _, kind in self.lengths.words}) < 2:
             found.append(f"{self.name}: one slice only: the result table has one column for each metric")

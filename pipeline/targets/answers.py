@@ -13,7 +13,7 @@ from pipeline.targets.container.shards import Bytes
 from pipeline.targets.soft_targets import SoftTargets
 
 _DIGITS = 6
-"""Of a certainty that is kept."""
+"""Significant ones of a certainty that is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def decode(raw: Bytes) -> Answer:
 
 def certainty(targets: SoftTargets) -> float:
     """Of an answer's soft targets; 0 without a token."""
-    return round(float(targets.gold_logprob.double().mean().exp()), _DIGITS) if len(targets) else 0.0
+    return float(f"{float(targets.gold_logprob.double().mean().exp()):.{_DIGITS}g}") if len(targets) else 0.0
 
 
 def answer_ids(sample_id: str, count: int) -> list[str]:

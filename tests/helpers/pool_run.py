@@ -1,0 +1,49 @@
+"""A run whose teacher answers: half of its training records have no answer, and some of the teacher's answers end."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.data.processor import Processor
+from pipeline.recipe import Recipe, load_recipe
+from tests.helpers import recipes
+from tests.helpers.teacher_run import TARGETS, make_run
+from tests.helpers.tiny_data import data
+
+ANSWERS = {"max_new_tokens": 10}
+QUESTIONS, LABELLED = 21, 20
+ENDING = 4.5
+"""Factor on the weights of a message's end: a random teacher would hardly ever say it."""
+
+
+def make(run: Path, **targets: object) -> Path:
+    """`teacher_run.make_run` with QUESTIONS among the records, and `targets.answers`."""
+    make_run(run)
+    make_lively(run / "models" / "teacher", Processor.load(run / "processor", data()).eos_id)
+    path = run / "data" / "train.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, record in enumerate(records):
+        if number % 2 == 0:
+            asked = f"{record['messages'][0]['content']} ({number})"
+            record["messages"] = [{"role": "user", "content": asked}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = {**TARGETS, "sketches": {"layer": 1}, "answers": ANSWERS, **targets}
+    return recipes.write(run / "recipe.yaml", recipes.chat(run, "train", given)).parent
+
+
+def make_lively(model: Path, eos_id: int) -> None:
+    """Change a random model so that what it says depends on image and question, and ends here and there."""
+    weights, drawn = load_file(model / "model.safetensors"), torch.Generator().manual_seed(1)
+    for name, values in weights.items():
+        if values.ndim > 1 and "embed" not in name:
+            weights[name] = torch.randn(values.shape, generator=drawn) * 0.3
+    words = weights["model.language_model.embed_tokens.weight"]  # of the LM head, too
+    words[:256] *= 0.3  # single bytes, which seldom make a text
+    words[eos_id] *= ENDING
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def recipe_of(run: Path, *overrides: str) -> Recipe:
+    return load_recipe(run / "recipe.yaml", overrides)
