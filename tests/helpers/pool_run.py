@@ -1,6 +1,7 @@
 """A run whose teacher answers: half of its training records have no answer, and some of the teacher's answers end."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,6 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.data.processor import Processor
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.targets import answers
+from pipeline.targets.answers import AnswerStore
+from pipeline.targets.container.writer import StoreWriter
 from tests.helpers import recipes
 from tests.helpers.teacher_run import TARGETS, make_run
 from tests.helpers.tiny_data import data
@@ -47,3 +51,16 @@ def make_lively(model: Path, eos_id: int) -> None:
 
 def recipe_of(run: Path, *overrides: str) -> Recipe:
     return load_recipe(run / "recipe.yaml", overrides)
+
+
+def reword(recipe: Recipe, more: str) -> None:
+    """Change the teacher's answers in the store, as another machine's pass might; soft targets stay as they are."""
+    store = AnswerStore.open(recipe.store_url, None)
+    writer = StoreWriter(recipe.store_url, store.identity)
+    for shard, ids in store.shard_members:
+        rows = []
+        for sample_id in ids:
+            answer, (_, tokens) = store.read(sample_id), store.read_record(sample_id)
+            said = replace(answer, text=answer.text + more if answer.text else "")
+            rows.append((sample_id, tokens, answers.encode(said)))
+        writer.write_shard(shard, rows, "answers")

@@ -171,9 +171,8 @@ def test_training_has_the_records_answers_and_the_teachers(finished, capsys):
     capsys.readouterr()
     samples = opened(finished)
     said = capsys.readouterr().out
-    empty, unfinished = (
-        sum(map(f, found.values())) for f in (lambda a: not a.text, lambda a: a.text and not a.finished)
-    )
+    empty = sum(not a.text for a in found.values())
+    unfinished = len(found) - len(usable) - empty
     assert f"{GOLD} labelled samples, {len(usable)} with the teacher's answer; " in said
     assert f"{empty} empty, {unfinished} unfinished" in said
     wanted = [
@@ -220,8 +219,7 @@ def test_a_pass_that_has_not_run_or_is_not_whole_is_named(run, tmp_path):
         (tmp_path / "store" / f"shard-00001.{kind}.json").unlink()
     with pytest.raises(StoreError, match=rf"has answered \d+ of {QUESTIONS} questions .*clkd teacher RECIPE"):
         opened(recipe)
-    before = opened_ids = None
-    assert run_pass(recipe).shards == 1 and before is opened_ids
+    assert run_pass(recipe).shards == 1
     assert len(opened(recipe)) > GOLD
 
 
@@ -240,13 +238,16 @@ def test_other_answers_are_another_data_set(run, finished, tmp_path):
     same = opened(recipe)
     assert same.fingerprint == opened(finished).fingerprint == dataset_fingerprint(same)
     assert same[:7].fingerprint != same[:8].fingerprint
-    store = Path(recipe.store_url)
-    shutil.rmtree(store)
-    longer = recipe_of(run, f"run.dir={tmp_path}", "targets.answers.max_new_tokens=9")
+    ids, answers = list(same.sample_ids), [s.answer for s in same]
+    pool_run.reword(recipe, " Go.")
+    other = opened(recipe)
+    assert list(other.sample_ids) == ids and other.fingerprint != same.fingerprint
+    wanted = [a + " Go." if s.source == POOL else a for s, a in zip(same, answers, strict=True)]
+    assert [s.answer for s in other] == wanted != answers
+    assert other[:7].fingerprint.split("-")[0] == same[:7].fingerprint.split("-")[0]
+    assert [s.answer for s in same] == answers, "what has been opened stays as it was"
     with pytest.raises(StoreError, match=r"answers_max_new_tokens: store 10, this run 9"):
         opened(recipe_of(finished.run.dir, "targets.answers.max_new_tokens=9"))
-    run_pass(longer)
-    assert opened(longer).fingerprint != same.fingerprint
 
 
 def test_a_job_that_the_teacher_comes_from_has_the_labelled_samples_alone(finished, tmp_path, capsys):
@@ -287,7 +288,7 @@ def test_a_split_of_questions_gives_what_the_same_questions_in_one_split_give(ru
         assert [path.read_bytes() for path in mine.images] == [path.read_bytes() for path in other.images]
     path = tmp_path / "data" / "pool.jsonl"
     path.write_text(path.read_text() + (tmp_path / "data" / "train.jsonl").read_text())
-    with pytest.raises(DataError, match=rf"split 'pool': {GOLD} of 41 records have an answer: .*pool\.jsonl:22"):
+    with pytest.raises(DataError, match=rf"split 'pool': {GOLD} of 41 records have an answer: .*pool\.jsonl:\d+"):
         open_questions(recipe)
 
 
@@ -304,8 +305,7 @@ def test_a_question_that_cannot_be_asked_is_refused_or_left_out(run, tmp_path, c
     recipe = recipe_of(run, *words, "data.bad_samples=skip")
     summary = run_pass(recipe)
     assert (summary.left_out, summary.answered) == (1, 0)
-    with pytest.raises(AssertionError):
-        assert len(opened(recipe)) != GOLD
+    assert len(opened(recipe)) == GOLD
     assert "1 unusable" in capsys.readouterr().out
 
 
