@@ -39,14 +39,15 @@ def make(run: Path, **targets: object) -> Path:
 
 def make_lively(model: Path, eos_id: int) -> None:
     """Change a random model so that what it says depends on image and question, and ends here and there."""
-    weights, drawn = load_file(model / "model.safetensors"), torch.Generator().manual_seed(1)
+    (path,) = model.glob("*.safetensors")
+    weights, drawn = load_file(path), torch.Generator().manual_seed(1)
     for name, values in weights.items():
         if values.ndim > 1 and "embed" not in name:
             weights[name] = torch.randn(values.shape, generator=drawn) * 0.3
     words = weights["model.language_model.embed_tokens.weight"]  # of the LM head, too
     words[:256] *= 0.3  # single bytes, which seldom make a text
     words[eos_id] *= ENDING
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def recipe_of(run: Path, *overrides: str) -> Recipe:
