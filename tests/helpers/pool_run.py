@@ -37,13 +37,18 @@ def make(run: Path, **targets: object) -> Path:
     return recipes.write(run / "recipe.yaml", recipes.chat(run, "train", given)).parent
 
 
-def make_lively(model: Path, eos_id: int) -> None:
-    """Change a random model so that what it says depends on image and question, and ends here and there."""
+def make_lively(model: Path, eos_id: int, sharpness: float = 1.0) -> None:
+    """Change a random model so that what it says depends on image and question, and ends here and there.
+
+    Args:
+        sharpness: factor on its logits; a random model's are close to 0.
+    """
     (path,) = model.glob("*.safetensors")
     weights, drawn = load_file(path), torch.Generator().manual_seed(1)
     for name, values in weights.items():
         if values.ndim > 1 and "embed" not in name:
             weights[name] = torch.randn(values.shape, generator=drawn) * 0.3
+    weights["model.language_model.norm.weight"] *= sharpness
     words = weights["model.language_model.embed_tokens.weight"]  # of the LM head, too
     words[:256] *= 0.3  # single bytes, which seldom make a text
     words[eos_id] *= ENDING
