@@ -112,6 +112,12 @@ def elsewhere(answered: Path, run: Path) -> tuple[str, ...]:
     return f"run.dir={run}", f"data.index={answered / 'index'}"
 
 
+def trained_and_open(answered: Path, run: Path, words: tuple[str, ...]) -> None:
+    """Train the job `sft`, and make it one that goes on from its checkpoint."""
+    train(answered, *words, job="sft")
+    shutil.rmtree(run / "jobs/sft/model")
+
+
 def test_training_before_the_teacher_has_answered_is_refused_with_the_command(folder: Path, tmp_path: Path) -> None:
     done = train(folder, f"run.dir={tmp_path}", job="sft", check=False)
     assert done.statuses == (2, 2)
@@ -160,8 +166,8 @@ def test_two_ranks_train_on_the_records_answers_and_the_teachers(answered: Path)
 
 def test_a_job_notices_other_answers_of_the_same_samples(answered: Path, tmp_path: Path) -> None:
     words = elsewhere(answered, tmp_path)
-    train(answered, *words, job="sft")
-    train(answered, *words, job="sft")  # the same: nothing to say
+    trained_and_open(answered, tmp_path, words)
+    trained_and_open(answered, tmp_path, words)  # the same samples: nothing to say
     pool_run.reword(recipe_of(answered, *words), " Go.")
     done = train(answered, *words, job="sft", check=False)
     assert done.statuses == (2, 2) and "Traceback" not in done.stderr
@@ -175,7 +181,7 @@ def test_a_higher_threshold_is_a_change_of_samples(answered: Path, tmp_path: Pat
     recipe = recipe_of(answered)
     lines = [json.loads(line) for line in (answered / "answers/train.jsonl").read_text().splitlines()]
     least = sorted(line["certainty"] for line in lines)[1]
-    train(answered, *words, job="sft")
+    trained_and_open(answered, tmp_path, words)
     done = train(answered, *words, f"targets.answers.min_certainty={least}", job="sft", check=False)
     assert done.statuses == (2, 2) and "(0 added, 1 removed)" in done.stderr
     assert f"1 below certainty {least:g}" in done.stdout
