@@ -37,7 +37,7 @@ from pipeline.models.loading import freeze
 from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import JobConfig, Recipe, Reference
 from pipeline.targets import codecs
-from pipeline.targets.pool import open_questions
+from pipeline.targets.pool import open_every
 
 GIB = 2**30
 
@@ -243,7 +243,7 @@ def count_samples(recipe: Recipe, given: int | None) -> int | None:
     if given is not None:
         return given
     try:
-        return len(open_questions(recipe))
+        return len(open_every(recipe))
     except (UserError, OSError):
         return None
 

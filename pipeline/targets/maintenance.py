@@ -28,7 +28,7 @@ from pipeline.targets.container.reader import DISCARD, StoreReader, damaged_shar
 from pipeline.targets.container.shards import Kind, commit_name, committed_shards
 from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.parquet import export_parquet
-from pipeline.targets.pool import open_questions, open_training_samples
+from pipeline.targets.pool import open_every, open_training_samples
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 
@@ -98,7 +98,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
     targets, processor = store.read(sample_id), Processor.load(recipe.processor_dir, recipe.data)
     what = "most often drawn first, in % of the draws" if targets.sampled else "most probable first, in %"
     print(f"sample {sample_id}: {len(targets)} answer tokens; {what}")
-    sample = next((s for s in _data(recipe, processor) if s.sample_id == sample_id), None)
+    sample = next((s for s in _data(recipe, answered=True) if s.sample_id == sample_id), None)
     gold = _show_sample(sample, processor) if sample else [""] * len(targets)
     names = processor.tokenizer.convert_ids_to_tokens
     for row in range(len(targets)):
@@ -120,10 +120,12 @@ def _show_sample(sample: Sample, processor: Processor) -> list[str]:
     return list(processor.tokenizer.convert_ids_to_tokens(answer))
 
 
-def _data(recipe: Recipe, processor: Processor | None = None) -> Sequence[Sample]:
-    """What the teacher pass covers; with a processor what is trained on. None when it is not on this machine."""
+def _data(recipe: Recipe, *, answered: bool = False) -> Sequence[Sample]:
+    """What the teacher pass covers; of questions, `answered` ones that are trained on. None: not on this machine."""
     try:
-        return open_questions(recipe) if processor is None else open_training_samples(recipe, processor)
+        if answered and recipe.targets.answers is not None:
+            return open_training_samples(recipe, Processor.load(recipe.processor_dir, recipe.data))
+        return open_every(recipe)
     except UserError as error:
         print(f"without the data set: {error}")
         return []
@@ -191,8 +193,8 @@ def _export(recipe: Recipe, options: argparse.Namespace) -> int:
     if options.out is None:
         raise ConfigError("export: name a folder with --out DIR. Nothing was written.")
     store = SoftTargetStore.open(recipe.store_url, None)
-    data = _data(recipe, Processor.load(recipe.processor_dir, recipe.data))
-    files = export_parquet(store, options.out, {sample.sample_id: sample for sample in data})
+    data = {sample.sample_id: sample for sample in _data(recipe, answered=True)}
+    files = export_parquet(store, options.out, data)
     print(f"{options.out}: {len(store)} samples in {len(files)} Parquet file(s), read back and compared")
     return 0
 

@@ -55,6 +55,15 @@ def open_questions(recipe: Recipe) -> Index:
     )
 
 
+def open_every(recipe: Recipe) -> Index:
+    """What a store may know of, to look at: `open_questions`; without `targets.answers` questions are no error.
+
+    Raises:
+        DataError: see `open_questions`.
+    """
+    return open_questions(recipe) if recipe.targets.answers else open_split(recipe, recipe.data.train_split)
+
+
 def open_training_samples(recipe: Recipe, processor: Processor, job: str | None = None) -> Index:
     """The samples that are trained on, all with an answer: the record's, or the teacher's where it has none.
 

@@ -33,16 +33,9 @@ def test_what_a_stage_needs_comes_before_it():
 def test_a_job_without_a_teacher_of_its_own_waits_for_the_teachers_answers_too():
     """But for the job that the teacher comes from, which has nobody to wait for."""
     answering = load_recipe(DEMO, ["targets.answers={}"])
-    order = names(answering)
     plain = [name for name, job in answering.jobs.items() if not job.distill and not job.curriculum]
-    sft = next(name for name in plain if name != "teacher")
-        name for name, job in answering.jobs.items() if not job.distill and not job.curriculum and name != "teacher"
-    )
+    sft, order = next(name for name in plain if name != "teacher"), names(answering)
     assert order.index("train teacher") < order.index("teacher") < order.index(f"train {sft}")
-    assert "teacher" not in names(
-        load_recipe(
-        )
-    )
     stages = {stage.name: stage for stage in chain(answering)}
     assert "teacher" in stages[f"train {sft}"].needs and "teacher" not in stages["train teacher"].needs
     assert "teacher" not in {stage.name: stage for stage in chain(load_recipe(DEMO))}[f"train {sft}"].needs
