@@ -24,6 +24,8 @@ class Answer:
     """Without blanks at its ends, as records are read."""
     finished: bool
     """False: `max_new_tokens` ended it."""
+    tokens: int = 0
+    """Of its own soft targets, the end included; 0 where nothing can be learnt from it."""
     certainty: float = 0.0
     """exp(mean_t log p(y_t)) over its tokens, the end included: their geometric mean probability [ours]."""
     problem: str = ""
@@ -67,9 +69,12 @@ def decode(raw: Bytes) -> Answer:
     return Answer(**json.loads(raw.tobytes()))
 
 
-def certainty(targets: SoftTargets) -> float:
-    """Of an answer's soft targets; 0 without a token."""
-    return float(f"{float(targets.gold_logprob.double().mean().exp()):.{_DIGITS}g}") if len(targets) else 0.0
+def certainty(targets: SoftTargets, tokens: int) -> float:
+    """Of an answer: the last so many of its sample's soft targets. Those before are of earlier turns. 0 without any."""
+    if not tokens:
+        return 0.0
+    mean = float(targets.gold_logprob[-tokens:].double().mean().exp())
+    return float(f"{mean:.{_DIGITS}g}")
 
 
 def answer_ids(sample_id: str, count: int) -> list[str]:

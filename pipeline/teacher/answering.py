@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from pipeline.data.collate import Batch, Encoded
+from pipeline.data.collate import IGNORED, Batch, Encoded
 from pipeline.data.processor import Processor
 from pipeline.errors import DataError
 from pipeline.models.generation import Choose, Drawn, continuations, model_inputs, most_probable
@@ -34,7 +34,7 @@ def answered(
     for prompts in questions:
         for prompt, answer in zip(prompts, _said(model, processor, prompts, settings), strict=True):
             made, problem = _encoded(processor, prompt, answer)
-            answers[prompt.sample.sample_id] = replace(answer, problem=problem)
+            answers[prompt.sample.sample_id] = replace(answer, tokens=_last_tokens(made), problem=problem)
             encoded.append(made)
     return answers, similar_batches(encoded, processor, batch_size)
 
@@ -65,3 +65,8 @@ def _encoded(processor: Processor, prompt: Prompt, answer: Answer) -> tuple[Enco
     except DataError as error:
         problem = str(error).removeprefix(f"{sample.where}: ")  # the store says the same wherever the data lie
         return processor.stand_in(sample, problem), problem
+
+
+def _last_tokens(encoded: Encoded) -> int:
+    """Labels of the last answer: earlier ones of a conversation stand before the tokens of a question."""
+    return int((encoded.labels != IGNORED).flip(0).long().cumprod(dim=0).sum())

@@ -89,7 +89,8 @@ class ShardPass:
             self._bar.update(len(made.targets))
         for sample_id, answer in outputs.answers.items():
             outputs.left_out.pop(sample_id, None)  # such an answer is counted where the training samples are opened
-            outputs.answers[sample_id] = replace(answer, certainty=answers.certainty(outputs.targets[sample_id]))
+            certainty = answers.certainty(outputs.targets[sample_id], answer.tokens)
+            outputs.answers[sample_id] = replace(answer, certainty=certainty)
         self.answered += len(outputs.answers)
         self.left_out |= outputs.left_out
         return outputs
@@ -124,7 +125,7 @@ class ShardPass:
         for sample_id in itertools.compress(sample_ids(self.todo[shard]), pool):
             unasked = Answer("", finished=False, problem=outputs.left_out.get(sample_id, ""))
             answer = outputs.answers.get(sample_id, unasked)
-            rows.append((sample_id, len(outputs.targets[sample_id]), answers.encode(answer)))
+            rows.append((sample_id, answer.tokens, answers.encode(answer)))
         return rows
 
     def _finish_writing(self) -> None:

@@ -19,6 +19,7 @@ from pipeline.data.index.build import ABOUT, MAKING, About, tidy_interrupted
 from pipeline.data.index.lock import Holder, held
 from pipeline.data.index.samples import Index
 from pipeline.data.index.tables import Buckets, Ordered, put_table, write_table
+from pipeline.errors import DataError
 from pipeline.files import write_json
 
 Row = dict[str, Any]
@@ -33,24 +34,37 @@ def open_derived(folder: Path, bases: Sequence[Index], identity: dict[str, Any],
         bases: of one data root; of rows with one id the first counts.
         identity: JSON values that say all that `change` depends on; the bases' tables are added to it.
         what: is made, for the progress bar.
+
+    Raises:
+        DataError: the folder cannot be written.
+        UserError: another process seems to make the index and does not go on.
     """
     wanted = identity | {
         "version": rows.FORMAT_VERSION,
         "bases": [[base.about.rows, base.about.image_table] for base in bases],
     }
-    folder.mkdir(parents=True, exist_ok=True)
     about = About.read(folder)
     if about is None or about.identity != wanted:
-        with held(folder) as holder:
-            before = About.read(folder)
-            if before is not None and before.identity == wanted:  # another process has just made it
-                about = before
-            else:
-                if holder.alone:
-                    tidy_interrupted(folder)
-                about = _make(folder, bases, wanted, change, tqdm(desc=what, unit=" samples", disable=None), holder)
-                _tidy(folder, about, before)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            about = _brought_up_to_date(folder, bases, wanted, change, what)
+        except OSError as error:
+            raise DataError(f"{folder}: cannot be written: {error}. Nothing was started.") from None
     return Index(bases[0].root, folder, about)
+
+
+def _brought_up_to_date(
+    folder: Path, bases: Sequence[Index], wanted: dict[str, Any], change: Change, what: str
+) -> About:
+    with held(folder) as holder:
+        before = About.read(folder)
+        if before is not None and before.identity == wanted:  # another process has just made it
+            return before
+        if holder.alone:
+            tidy_interrupted(folder)
+        about = _make(folder, bases, wanted, change, tqdm(desc=what, unit=" samples", disable=None), holder)
+        _tidy(folder, about, before)
+        return about
 
 
 def _make(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from pipeline.cli import main as clkd
+from pipeline.cluster import status
 from pipeline.data.collate import collate
 from pipeline.data.index.samples import from_pool, select, sizes, words
 from pipeline.data.processor import Processor
@@ -344,6 +345,7 @@ def test_the_stores_commands_know_answers(finished, tmp_path, capsys):
     assert clkd(["store", "verify", config]) == 0
     assert clkd(["store", "stats", config]) == 0
     said = capsys.readouterr().out
+    assert status._shards(finished) == f"5/5 shards, {QUESTIONS} questions answered"
     assert f"answers of the teacher {QUESTIONS}, " in said and "coverage               41 of 41" in said
     sample = next(s for s in opened(finished) if s.source == POOL)
     assert clkd(["store", "inspect", config, "--sample", sample.sample_id]) == 0
