@@ -134,11 +134,10 @@ def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]
         return ["teacher", *(_maker(recipe.jobs[which].init) if which else [])]
     if kind == "train":
         job = recipe.jobs[which]
-        return [
-            *data,
-            *_maker(job.init),
-            *([local.hardness_stage(recipe, which)] if job.distill or job.curriculum else []),
-        ]
+        below = ["teacher"] if recipe.needs_answers(which) else []
+        if job.distill or job.curriculum:
+            below = [local.hardness_stage(recipe, which)]
+        return [*data, *_maker(job.init), *below]
     if kind == "evaluate":
         return [*data, *dict.fromkeys(name for row in recipe.evaluation.rows for name in _maker(row.model))]
     if kind == "export":
