@@ -78,6 +78,8 @@ class JobConfig(Section):
     """Steps between metric lines."""
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
+    pool: bool = True
+    """Train on the questions that the teacher answered (`targets.answers`), too; False: on the labelled records alone."""
     distill: DistillConfig | None = None
     """The teacher's part; absent: plain SFT."""
     curriculum: CurriculumConfig | None = None

@@ -77,6 +77,8 @@ def open_training_samples(recipe: Recipe, processor: Processor, job: str | None 
         StoreError: the teacher has not answered all questions, or the store is of another run or damaged.
     """
     settings = recipe.targets.answers
+    if job is not None and not recipe.jobs[job].pool:
+        return _labelled(recipe, job)
     if settings is None:
         return open_training_split(recipe)
     if job is not None and recipe.makes_the_teacher(job):
@@ -134,7 +136,7 @@ def _labelled(recipe: Recipe, job: str) -> Index:
     where = f"{recipe.data_root}, split {recipe.data.train_split!r}"
     if not len(places):
         raise DataError(
-            f"{where}: no record has an answer, and job {job!r}, which the teacher comes from, needs some. "
+            f"{where}: no record has an answer, and job {job!r} trains on labelled records alone. "
             "Nothing was started."
         )
     if len(places) == len(samples):

@@ -123,6 +123,8 @@ def _table(recipe: Recipe, name: str, ids: Sequence[str]) -> HardnessTable:
     path, student = recipe.starting_table(name), recipe.scored_student(name)
     command = f"clkd hardness RECIPE.yaml --student {student} job={name}" if student else "clkd hardness RECIPE.yaml"
     table = HardnessTable.load(path, command)
+    if not recipe.jobs[name].pool:
+        table = table.subset(ids)
     if not table.is_of(ids):
         raise UserError(
             f"{path}: made for {len(table)} other samples than the {len(ids)} of this run. "
