@@ -119,23 +119,24 @@ def _job_of_export(recipe: Recipe) -> list[str]:
 
 def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]:
     """Names of the stages that a stage waits for; those that the chain lacks are left out by the caller."""
+    data = ["tokenizer" if "tokenizer" in names else "scenes"]
     if kind == "scenes":
         return []
     if kind == "tokenizer":
         return ["scenes"]
     if kind == "model":
         source = recipe.made_from(f"models.{which}")
-        return ["tokenizer", *(_maker(source) if source else [])]
+        return [*data, *(_maker(source) if source else [])]
     if kind == "teacher":
-        return ["tokenizer", *_maker(recipe.teacher)]
+        return [*data, *_maker(recipe.teacher)]
     if kind == "hardness":
         return ["teacher"]
     if kind == "train":
         job = recipe.jobs[which]
         below = ["hardness"] if job.distill or job.curriculum else ["teacher"] if recipe.needs_answers(which) else []
-        return ["tokenizer", *_maker(job.init), *below]
+        return [*data, *_maker(job.init), *below]
     if kind == "evaluate":
-        return ["tokenizer", *dict.fromkeys(name for row in recipe.evaluation.rows for name in _maker(row.model))]
+        return [*data, *dict.fromkeys(name for row in recipe.evaluation.rows for name in _maker(row.model))]
     if kind == "export":
         return _maker(recipe.evaluation.rows[-1].model)
     return [name for name in names if name != "report"]  # it shows them all

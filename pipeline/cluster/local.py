@@ -62,7 +62,7 @@ def plan(
 
     if recipe.benchmark and recipe.data.root is None:
         add("scenes", command("scenes"))
-    if recipe.benchmark and recipe.data.processor is None:
+    if recipe.trains_tokenizer:
         add("tokenizer", command("tokenizer"))
     for name, job in recipe.jobs.items():
         if recipe.is_made(job.init):

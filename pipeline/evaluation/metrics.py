@@ -7,12 +7,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import fmean
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
+import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline.benchmark.scoring import SLICES, TASKS, score_answers
+from pipeline.benchmark.scoring import (
+    SLICES,
+    TASKS,
+    Counts,
+    rare_error_counts,
+    rare_recall_counts,
+    scene_counts,
+    scene_score,
+    share,
+)
 from pipeline.recipe import Recipe
 
 Record = Mapping[str, Any]
@@ -33,6 +42,8 @@ class Group(Value):
     """The same, and by task."""
 
     tasks: dict[str, Value]
+    interval: NotRequired[list[float]]
+    """Its middle 95% over draws of the frames, see `intervals`."""
 
 
 Scores = Mapping[str, Mapping[str, Group]]
@@ -51,12 +62,16 @@ class Metric:
     lower_is_better: bool
     about: str
     """What it says and does not say, in a sentence."""
-    measure: Callable[[Sequence[Record]], tuple[float | None, int]]
-    """(value, number of answers that it is computed from) of answers that all have a gold answer; None: of none."""
+    counts: Callable[[Record], Counts | None]
+    """What an answer that has a gold answer adds to the metric's sums, f64[P]; None: it says nothing about it."""
+    value: Callable[[Counts], Counts]
+    """[...] of sums [..., P] over any answers; NaN where nothing can be said."""
     applies: Callable[[Recipe], bool] = lambda recipe: True
     """Whether a recipe's data are what the metric was made for."""
     pooled: bool = True
     """Whether a value over the samples of all slices together means something."""
+    partial: bool = False
+    """Whether it is about some answers alone, by its nature."""
 
     def described(self) -> dict[str, str | bool]:
         """What results.json says about it."""
@@ -96,15 +111,17 @@ def rouge_l(prediction: str, gold: str) -> float:
     return float(_ROUGE.score(gold, prediction)["rougeL"].fmeasure)
 
 
-def _mean_rouge(records: Sequence[Record]) -> tuple[float | None, int]:
-    return fmean(rouge_l(r["prediction"], r["gold"]) for r in records) if records else None, len(records)
+def _rouge_counts(record: Record) -> Counts:
+    return np.array([rouge_l(record["prediction"], record["gold"]), 1.0])
 
 
-def _gold_ce(records: Sequence[Record]) -> tuple[float | None, int]:
-    """Every token counts once: a long answer weighs more than a short one."""
-    read = [r for r in records if "tokens" in r]  # not those whose answer could not be encoded
-    tokens = sum(r["tokens"] for r in read)
-    return sum(r["nats"] for r in read) / tokens if tokens else None, len(read)
+def _gold_ce_counts(record: Record) -> Counts | None:
+    """Every token counts once: a long answer weighs more than a short one. None: it could not be encoded."""
+    return np.array([record["nats"], record["tokens"]], float) if "tokens" in record else None
+
+
+def _of_scenes(counts: Callable[[str, str, str], Counts | None]) -> Callable[[Record], Counts | None]:
+    return lambda record: counts(record["task"], record["prediction"], record["gold"])
 
 
 SCENE_SCORE = Metric(
@@ -114,12 +131,39 @@ SCENE_SCORE = Metric(
     False,
     "Mean over the drawn scenes' three tasks. general: F1 with which each kind of object is mentioned, mean over "
     "kinds. region: the object in the red rectangle is named. suggestion: the right action is given.",
-    score_answers,
+    _of_scenes(scene_counts),
+    scene_score,
     is_embedded,
     pooled=False,  # half of the test scenes are corner cases by design, which says nothing about any road
 )
+RARE_RECALL = Metric(
+    "rare_recall",
+    "rare-object recall",
+    "%",
+    False,
+    "Of the rare objects in a scene (deer, fallen cargo, ...), how many its descriptions name.",
+    _of_scenes(rare_recall_counts),
+    share,
+    is_embedded,
+    pooled=False,
+    partial=True,
+)
+RARE_ERRORS = Metric(
+    "rare_errors",
+    "rare objects named wrongly",
+    "%",
+    True,
+    "Descriptions that name a rare object which is not there.",
+    _of_scenes(rare_error_counts),
+    share,
+    is_embedded,
+    pooled=False,
+    partial=True,
+)
 METRICS = (
     SCENE_SCORE,
+    RARE_RECALL,
+    RARE_ERRORS,
     Metric(
         "rouge_l",
         "ROUGE-L",
@@ -127,7 +171,8 @@ METRICS = (
         False,
         "Words that an answer shares with the gold answer, in their order: a weak proxy that cannot tell a wrong "
         "answer from a right one in other words.",
-        _mean_rouge,
+        _rouge_counts,
+        share,
     ),
     Metric(
         "gold_ce",
@@ -136,7 +181,8 @@ METRICS = (
         True,
         "How unlikely the model finds the gold answer, read token by token; lower is better. Models with other "
         "tokenizers do not compare.",
-        _gold_ce,
+        _gold_ce_counts,
+        share,
     ),
 )
 """In order of their columns; the first that applies is the one that the report's first sentences speak of."""
@@ -180,12 +226,19 @@ def _with_gold(records: Sequence[Record]) -> list[Record]:
 
 
 def _group(metric: Metric, records: Sequence[Record]) -> Group | None:
-    value, n = metric.measure(records)
-    if value is None:
+    counts = [metric.counts(record) for record in records]
+    whole = _value(metric, counts)
+    if whole is None:
         return None
     tasks = dict[str, Value]()
     for task in in_order({r["task"] for r in records}, TASKS):
-        of_task, count = metric.measure([r for r in records if r["task"] == task])
-        if of_task is not None:
-            tasks[task] = Value(value=of_task, n=count)
-    return Group(value=value, n=n, tasks=tasks)
+        mine = [c for c, record in zip(counts, records, strict=True) if record["task"] == task]
+        if (of_task := _value(metric, mine)) is not None:
+            tasks[task] = of_task
+    return Group(value=whole["value"], n=whole["n"], tasks=tasks)
+
+
+def _value(metric: Metric, counts: Sequence[Counts | None]) -> Value | None:
+    kept = [each for each in counts if each is not None]
+    value = float(metric.value(np.sum(kept, axis=0))) if kept else float("nan")
+    return None if np.isnan(value) else Value(value=value, n=len(kept))

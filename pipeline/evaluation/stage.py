@@ -13,7 +13,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from pipeline.data.sample import Sample
 from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import latency, results
+from pipeline.evaluation.bars import bar_lines, bars, gaps_closed
 from pipeline.evaluation.generate import answers, open_model
+from pipeline.evaluation.intervals import Resamples, Values, interval
 from pipeline.evaluation.likelihood import gold_cross_entropy
 from pipeline.evaluation.metrics import Group, Scores, metrics_of, score_all, score_together
 from pipeline.files import weights_hash, write_json, write_text
@@ -59,6 +61,8 @@ class Answered:
     scores: Scores
     overall: Mapping[str, Group]
     """By metric, over all slices; see `metrics.score_together`."""
+    spreads: Mapping[str, Mapping[str, Values]]
+    """By metric and slice: the scores in draws of the frames."""
     cut: int
     """Answers that `max_new_tokens` ended."""
     left_out: int
@@ -98,6 +102,7 @@ class Evaluation:
         self.metrics = metrics_of(recipe)
         self.samples = questions(recipe)
         self.golds = with_gold(self.samples)
+        self.draws = _draws(self.golds)
         # On CPUs with AMX `medium` converts the whole weight to bf16 for every token: the demo teacher's answer at
         # batch 1 took 158 ms instead of 98.
         torch.set_float32_matmul_precision("highest" if self.device.type == "cpu" else recipe.run.matmul_precision)
@@ -113,6 +118,7 @@ class Evaluation:
         measured = self._measure_row(row) if stored is None else _measured(stored)
         records = [_record(sample, measured) for sample in self.samples if sample.sample_id in measured.texts]
         scores, overall = score_all(self.metrics, records), score_together(self.metrics, records)
+        spreads = self._add_intervals(scores, overall, records)
         content: Json = {
             "identity": identity,
             "name": row.name,
@@ -131,7 +137,22 @@ class Evaluation:
         if content != stored:
             write_json(path, content)
         _write_predictions(path.with_suffix(".jsonl"), records)
-        return Answered(row, measured.params, scores, overall, len(measured.cut), len(measured.left_out))
+        return Answered(row, measured.params, scores, overall, spreads, len(measured.cut), len(measured.left_out))
+
+    def _add_intervals(
+        self, scores: Scores, overall: Mapping[str, Group], records: Sequence[Json]
+    ) -> dict[str, dict[str, Values]]:
+        """Give every score its interval; returns the scores in all draws, by metric and slice."""
+        golds, spreads = [r for r in records if r["gold"].strip()], dict[str, dict[str, Values]]()
+        for metric in self.metrics:
+            spreads[metric.name] = {}
+            for part, group in scores[metric.name].items():
+                drawn = self.draws[part].values(metric, [r for r in golds if r["slice"] == part])
+                spreads[metric.name][part] = drawn
+                _set_interval(group, drawn)
+            if metric.name in overall:
+                _set_interval(overall[metric.name], self.draws[results.TOGETHER].values(metric, golds))
+        return spreads
 
     def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
         """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
@@ -216,6 +237,21 @@ class Evaluation:
         }
 
 
+def _draws(golds: Index) -> dict[str, Resamples]:
+    """Draws of the frames of each slice, and of all of them: drawn by slice, so that none is left with few."""
+    frames = dict[str, dict[str, str]]()
+    for sample in golds:
+        frame = "\n".join(map(str, sample.images)) or sample.sample_id
+        for part in (sample.slice, results.TOGETHER):
+            frames.setdefault(part, {})[sample.sample_id] = frame
+    return {part: Resamples(found) for part, found in frames.items()}
+
+
+def _set_interval(group: Group, drawn: Values) -> None:
+    if (ends := interval(drawn)) is not None:
+        group["interval"] = [*ends]
+
+
 # -- which samples -----------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +300,10 @@ def evaluate(recipe: Recipe) -> Json:
     timings, settings = evaluation.timings()
     speeds = latency.summarise(timings, reference=evaluation.rows[0].model)
     rows = [_table_row(a, blind[a.row.model], evaluation.slugs[a.row.name], speeds[a.row.model]) for a in answered]
-    measured = results.bars(rows, evaluation.metrics)
+    spreads = {a.row.name: a.spreads for a in answered}
+    closed = gaps_closed(rows, evaluation.metrics, recipe.evaluation, spreads)
+    rows = [replace(row, gap_closed=closed.get(row.name, {})) for row in rows]
+    measured = bars(rows, evaluation.metrics, recipe.evaluation, spreads)
     asked, silent = len(evaluation.samples), len(evaluation.samples) - len(evaluation.golds)
     unscored = results.gold_lines(rows[0].scores, evaluation.metrics, asked, silent)
     content: Json = {
@@ -287,7 +326,7 @@ def evaluate(recipe: Recipe) -> Json:
     if any(row.cut for row in rows):
         notes.append(results.cut_line(rows, asked, recipe.evaluation.max_new_tokens))
     parts = [results.table(rows, evaluation.metrics), "\n".join(notes)]
-    print("\n\n".join([*parts, *([results.bar_lines(measured)] if measured else [])]))
+    print("\n\n".join([*parts, *([bar_lines(measured, evaluation.metrics)] if measured else [])]))
     return content
 
 

@@ -9,7 +9,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from pipeline.cluster import chain
 from pipeline.data.processor import Processor
@@ -20,7 +19,7 @@ from pipeline.models.compatibility import check_own_files
 from pipeline.preparation.costs import costs
 from pipeline.preparation.model_facts import ModelFacts, collected, model_facts
 from pipeline.preparation.split_check import SplitCheck, check_split
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, folder_of
 
 
 @dataclass(slots=True)
@@ -71,7 +70,7 @@ def _check_models(recipe: Recipe, found: Findings) -> None:
     """Checkpoints that the recipe names are there and of families that are known."""
     for name, model in recipe.models.items():
         if model.path is not None:
-            facts = collected(found.wrong, partial(model_facts, Path(model.path)))
+            facts = collected(found.wrong, partial(model_facts, folder_of(model.path)))
             if facts is None:
                 continue
             found.models[f"models.{name}"] = facts

@@ -12,7 +12,7 @@ from pipeline.recipe.loading import Arguments, load_recipe, merge, parse_args
 from pipeline.recipe.models import ModelConfig, UpcycleConfig
 from pipeline.recipe.moe import MoeConfig, NativeMoeConfig
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.references import Reference
+from pipeline.recipe.references import Reference, folder_of
 from pipeline.recipe.run import RunConfig
 from pipeline.recipe.targets import AnswersConfig, SketchConfig, TargetsConfig
 
@@ -52,6 +52,7 @@ __all__ = [
     "TextSize",
     "UpcycleConfig",
     "VisionSize",
+    "folder_of",
     "load_recipe",
     "merge",
     "parse_args",

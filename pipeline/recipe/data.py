@@ -34,8 +34,9 @@ class DataConfig(Section):
     test_split: str = "Test"
     """Split for the final table; touched by `evaluate` only."""
     processor: Path | None = None
-    """Folder of tokenizer, chat template and image processor. None: that of the checkpoint which the teacher, or else
-    the first job, comes from; with `benchmark`, the one that `clkd tokenizer` trains."""
+    """Folder of tokenizer, chat template and image processor, or `package:NAME` as in `models.NAME.path`. None: that of
+    the checkpoint which the teacher, or else the first job, comes from; with models in `benchmark.models`, the one that
+    `clkd tokenizer` trains."""
     min_pixels: Positive = 65_536
     """Smallest image area the vision tower sees; Qwen3-VL's own bound: 64 image tokens."""
     max_pixels: Positive = 1_048_576

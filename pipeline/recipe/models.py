@@ -37,7 +37,8 @@ class ModelConfig(Section):
     """One model. Exactly one of `path` and `upcycle`; random ones are the benchmark's (`benchmark.models`)."""
 
     path: str | None = None
-    """Checkpoint folder in Hugging Face format."""
+    """Checkpoint folder in Hugging Face format; or `package:teacher` or `package:base`, the benchmark's own, which come
+    with the package."""
     upcycle: UpcycleConfig | None = None
     """A Mixture-of-Experts model made from a dense one."""
 

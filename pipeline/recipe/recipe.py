@@ -14,7 +14,7 @@ from pipeline.recipe.data import DataConfig
 from pipeline.recipe.evaluation import EvaluationConfig
 from pipeline.recipe.jobs import JobConfig
 from pipeline.recipe.models import ModelConfig
-from pipeline.recipe.references import Reference
+from pipeline.recipe.references import Reference, folder_of
 from pipeline.recipe.run import RunConfig
 from pipeline.recipe.targets import TargetsConfig
 
@@ -165,9 +165,9 @@ class Recipe(Section):
         """Checkpoint folder from outside the run that a model goes back to; None: it goes back to random weights."""
         *_, first = self.lineage(ref)
         if first.kind == "folder":
-            return Path(first.name)
+            return folder_of(first.name)
         path = self.models[first.name].path if first.name in self.models else None
-        return Path(path) if path is not None else None
+        return folder_of(path) if path is not None else None
 
     def is_made(self, ref: str) -> bool:
         """Whether `clkd student` makes what a reference names: an upcycled or a random model."""
@@ -197,18 +197,25 @@ class Recipe(Section):
     def processor_dir(self) -> Path:
         """Folder of tokenizer and image processor. ConfigError where the recipe names none."""
         if self.data.processor is not None:
-            return self.data.processor
-        if self.benchmark is not None:
+            return folder_of(self.data.processor)
+        if self.trains_tokenizer:
             return self.run.dir / "processor"
         teacher = [self.targets.teacher] if self.targets.teacher is not None else []
         rows = [row.model for row in self.evaluation.rows]
         for ref in (*teacher, *(job.init for job in self.jobs.values()), *rows):
             if (origin := self.origin(ref)) is not None:
                 return origin
+        if self.benchmark is not None:
+            return self.run.dir / "processor"
         raise ConfigError(
             "data.processor: say which folder holds tokenizer and image processor, as in `data.processor: "
             "/models/Qwen3-VL-8B-Instruct`: neither teacher nor jobs come from a checkpoint. Nothing was started."
         )
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the run has a tokenizer of its own: models with random weights are here, and no other is named."""
+        return self.data.processor is None and bool(self.random_models)
 
     @property
     def store_url(self) -> str:
@@ -219,11 +226,11 @@ class Recipe(Section):
         """Folder of the Hugging Face checkpoint that a model reference names."""
         reference = Reference.parse(ref)
         if reference.kind == "folder":
-            return Path(reference.name)
+            return folder_of(reference.name)
         if reference.kind == "jobs":
             return self.job_dir(reference.name) / "model"
         path = self.models[reference.name].path if reference.name in self.models else None
-        return Path(path) if path is not None else self.run.dir / "models" / reference.name
+        return folder_of(path) if path is not None else self.run.dir / "models" / reference.name
 
     def job_dir(self, name: str) -> Path:
         """Folder of one training job: `checkpoints/`, `metrics.jsonl`, `tensorboard/`, `model/`."""

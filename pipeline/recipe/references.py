@@ -5,7 +5,17 @@ checkpoint folder. What it comes from, and where its folder is, says the recipe:
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+_PACKAGED = "package:"
+_CHECKPOINTS = Path(__file__).parent.parent / "benchmark/checkpoints"
+
+
+def folder_of(text: str | Path) -> Path:
+    """A folder as recipes write it; `package:NAME` is a checkpoint that comes with the package."""
+    name = str(text)
+    return _CHECKPOINTS / name.removeprefix(_PACKAGED) if name.startswith(_PACKAGED) else Path(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ class ResultGroup(ResultValue):
     """The same of a slice, and by task."""
 
     tasks: dict[str, ResultValue] = {}
+    interval: tuple[float, float] | None = None
 
 
 class ResultRow(_Lenient):
@@ -82,6 +83,8 @@ class ResultRow(_Lenient):
     e2e_ms: float | None = None
     speedup_vs_teacher: float | None = None
     cut: int = 0
+    gap_closed: dict[str, ResultGroup] = {}
+    """By slice, in the first metric."""
 
     def value(self, metric: str, part: str) -> float | None:
         """A metric's value on a slice."""
@@ -97,9 +100,11 @@ class ResultBar(_Lenient):
     target: float
     reached: bool
     kind: str = ""
-    """blind, teacher or speed; see `evaluation.results.Bar`."""
+    """See `evaluation.bars.Bar`."""
     metric: str | None = None
     slice: str | None = None
+    against: str | None = None
+    interval: tuple[float, float] | None = None
 
 
 class Results(_Lenient):
@@ -196,7 +201,7 @@ def examples(recipe: Recipe, results: Results) -> list[Example]:
     shown = [row for row in (results.teacher, results.student) if row]
     if not shown:
         raise Missing("There are no example frames: there is no result table that says whose answers to show.")
-    answers = {row.name: _answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
+    answers = {row.name: read_answers(recipe.run.dir / "evaluation" / f"{row.slug}.json") for row in shown}
     try:
         samples = open_split(recipe, recipe.data.test_split)
     except (UserError, OSError, ValueError) as error:
@@ -297,7 +302,7 @@ def train_slices(recipe: Recipe) -> dict[str, str]:
     return dict(zip(samples.sample_ids, samples.words("slice"), strict=True))
 
 
-def _answers(path: Path) -> dict[str, Answer]:
+def read_answers(path: Path) -> dict[str, Answer]:
     """A row's answers by sample_id, under `samples` as the evaluation writes them, or `predictions`."""
     content = read_json(path, "this row has not been evaluated")
     listed = content.get("samples", content.get("predictions"))

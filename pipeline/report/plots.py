@@ -177,6 +177,53 @@ def score_bars(name: str, title: str, unit: str, colours: Mapping[str, str], row
     return _svg(figure, f"scores-{name}", f"{title} by slice, one group of bars per model")
 
 
+@dataclass(frozen=True, slots=True)
+class GapRow:
+    """One model's share of the gap, a slice, with its interval; None: not measured."""
+
+    name: str
+    shares: Sequence[tuple[float, float, float] | None]
+    """(value, low, high)."""
+
+
+@matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
+def gap_closed(baseline: str, teacher: str, colours: Mapping[str, str], rows: Sequence[GapRow]) -> str:
+    """Dots with intervals between the baseline, at 0%, and the teacher, at 100%; one group a model.
+
+    Args:
+        colours: of every slice, in order.
+    """
+    step = 0.66 / len(colours)
+    figure, (axes,) = _figure(1, height=(0.34 * len(colours) + 0.2) * len(rows) + 0.9)
+    ends = [end for row in rows for share in row.shares if share is not None for end in share]
+    lowest, highest = max(min(0.0, *ends), -0.5), min(max(1.0, *ends), 1.5)
+    for place, (part, colour) in enumerate(colours.items()):
+        known = [(y, row.shares[place]) for y, row in enumerate(rows)]
+        for y, share in known:
+            if share is None:
+                continue
+            value, low, high = share
+            height = y + (place - (len(colours) - 1) / 2) * step
+            axes.plot([low, high], [height, height], color=colour, linewidth=3, alpha=0.4)
+            axes.plot([0, value], [height, height], color=colour, linewidth=1.2, zorder=0)
+            axes.plot([value], [height], "o", color=colour, markersize=9, label=None if y else part)
+            shown = min(max(value, lowest), highest)
+            axes.annotate(f"{100 * value:.0f}%", (shown, height), xytext=(0, 8), textcoords="offset points",
+                          ha="center", fontsize=8.5, color=INK, bbox=_HALO)  # fmt: skip
+    for where, text in ((0.0, baseline), (1.0, teacher)):
+        axes.axvline(where, color=INK, linewidth=1.2)
+        axes.annotate(text, (where, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 5),
+                      textcoords="offset points", ha="center", fontsize=9, color=INK)  # fmt: skip
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], color=INK, fontsize=10)
+    axes.set_ylim(len(rows) - 0.45, -0.55)
+    axes.set_xlim(lowest - 0.05, highest + 0.05)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="x")
+    axes.spines["left"].set_visible(False)
+    figure.legend(loc="outside lower left", ncols=len(colours), handlelength=1.0)
+    return _svg(figure, "gap", f"Share of the gap from {baseline} to {teacher} that each model closes")
+
+
 @matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 def training_curves(jobs: Sequence[JobCurves]) -> str:
     """Loss, cross-entropy and KL over steps, one line per job."""

@@ -39,14 +39,18 @@ from pipeline.report.data import (
     train_slices,
 )
 from pipeline.report.plots import HardnessView, JobCurves
+from pipeline.report.rare import rare_objects
 from pipeline.training.metrics import read_metrics
 
 TEMPLATE = "template.html.j2"
-_KINDS = ("speed", "teacher", "blind")
+_KINDS = ("speed", "gap_closed", "teacher", "ahead", "gap", "blind")
 """Bars in the order shown."""
 _PLACES = {"regular": "regular scenes", "corner": "corner cases", NO_SLICE: TOGETHER}
 MOST_PLACES = 3
 """Slices that the summary names one by one."""
+
+LEADING = 2
+"""Metrics in the first table."""
 
 T = TypeVar("T")
 
@@ -63,6 +67,8 @@ def build(recipe: Recipe, command: str) -> str:
     parts = {
         "headline": results if isinstance(results, Missing) else known,
         "scores": _try(lambda: _scores(known)),
+        "gap": _try(lambda: _gap_figure(recipe, known)),
+        "rare": _try(lambda: rare_objects(recipe, known)),
         "examples": _try(lambda: examples(recipe, known)),
         "training": _try(lambda: _curves_figure(recipe, curves, plots.training_curves)),
         "schedules": _try(lambda: _curves_figure(recipe, curves, plots.schedule_curves)),
@@ -75,6 +81,7 @@ def build(recipe: Recipe, command: str) -> str:
     )
     environment.filters |= {"millions": _millions, "number": _number, "percent": _percent, "duration": plots.duration}
     environment.filters |= {"shown": lambda group, unit: shown(unit, group.value if group else None), "head": _head}
+    environment.filters |= {"ends": lambda group, unit: " to ".join(shown(unit, end) for end in group.interval)}
     environment.tests["missing"] = lambda part: isinstance(part, Missing)
     return environment.get_template(TEMPLATE).render(
         parts=parts,
@@ -83,6 +90,8 @@ def build(recipe: Recipe, command: str) -> str:
         summary=summary(known),
         cards=cards(known.bars, known.metrics),
         table=table_metrics(known),
+        first=table_metrics(known)[:LEADING],
+        gap_slices=list(dict.fromkeys(part for row in known.rows for part in row.gap_closed)),
         colours=plots.slice_colours(_all_slices(known)),
         command=command,
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, width=100),
@@ -135,10 +144,20 @@ def cards(bars: Sequence[ResultBar], metrics: Sequence[ResultMetric]) -> list[Js
 
 def _card(bar: ResultBar, metric: ResultMetric | None) -> Json:
     unit, what, share = _bar_words(bar, metric)
-    figure = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
-    target = f"{100 * bar.target:g}%" if share else f"{bar.target:g}×"
+    if bar.kind in ("ahead", "gap"):
+        figure, target = _difference(bar.value, metric), _difference(bar.target, metric)
+    else:
+        figure = "–" if bar.value is None else _percent(_floor(bar.value, 3)) if share else f"{_floor(bar.value):.2f}×"
+        target = f"{100 * bar.target:g}%" if share else f"{bar.target:g}×"
     verdict = "reached" if bar.reached else "not measured" if bar.value is None else "missed"
     return {"figure": figure, "unit": unit, "what": what, "target": target, "verdict": verdict}
+
+
+def _difference(value: float | None, metric: ResultMetric | None) -> str:
+    """In points where the metric is in per cent."""
+    if value is None:
+        return "–"
+    return f"{100 * value:+.1f}" if metric is None or metric.unit == "%" else f"{value:+.3f}"
 
 
 def _bar_words(bar: ResultBar, metric: ResultMetric | None) -> tuple[str, str, bool]:
@@ -146,6 +165,12 @@ def _bar_words(bar: ResultBar, metric: ResultMetric | None) -> tuple[str, str, b
     title, place = metric.title if metric else bar.metric, _place(bar.slice or NO_SLICE)
     if bar.kind == "speed":
         return "the teacher’s speed", "end to end, one question at a time", False
+    if bar.kind == "gap_closed":
+        return f"of the gap from {bar.against} to the teacher closed", f"{title}, {place}", True
+    if bar.kind == "ahead":
+        return f"ahead of {bar.against}", f"{title}, {place}", False
+    if bar.kind == "gap":
+        return f"teacher ahead of {bar.against}", f"{title}, {place}: what there is to distil", False
     if bar.kind == "blind":
         return "the blind baseline’s score", f"teacher, {title}, {place}", False
     if bar.kind == "teacher" and metric and metric.lower_is_better:
@@ -211,6 +236,25 @@ def _scores_figure(results: Results, metric: ResultMetric) -> Markup:
     return Markup(
         plots.score_bars(metric.name, metric.title, metric.unit, {_head(s): colours[s] for s in slices}, rows)
     )
+
+
+def _gap_figure(recipe: Recipe, results: Results) -> Markup:
+    baseline, teacher = recipe.evaluation.baseline, results.teacher
+    slices = list(dict.fromkeys(part for row in results.rows for part in row.gap_closed))
+    if baseline is None or teacher is None or not slices:
+        raise Missing("There is no gap to draw: evaluation.baseline names no row that learns from labels alone.")
+    rows = [
+        plots.GapRow(row.name, [_share(row.gap_closed.get(part)) for part in slices])
+        for row in results.rows
+        if row.gap_closed
+    ]
+    colours = plots.slice_colours(_all_slices(results))
+    return Markup(plots.gap_closed(baseline, teacher.name, {_head(part): colours[part] for part in slices}, rows))
+
+
+def _share(group: ResultGroup | None) -> tuple[float, float, float] | None:
+    """(value, low, high)."""
+    return None if group is None else (group.value, *(group.interval or (group.value, group.value)))
 
 
 def _curves_figure(recipe: Recipe, jobs: Sequence[JobCurves], draw: Callable[[Sequence[JobCurves]], str]) -> Markup:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.benchmark.art import render
 from pipeline.benchmark.scenes import write_scenes
-from pipeline.benchmark.scoring import action, mention_f1, mentions, score_answer, score_answers
+from pipeline.benchmark.scoring import action, mention_f1, mentions, score_answer
 from pipeline.benchmark.text import suggest
 from pipeline.benchmark.world import ACTIONS, HELD_OUT_COLOURS, HELD_OUT_WEATHER, decide, held_out_pairs, plan_scene
 from pipeline.data.readers import read_samples
@@ -171,13 +171,3 @@ def test_first_category_and_first_action_count():
     assert score_answer("region", "a bus far ahead, a car", "a bus near ahead") == 1.0
     assert score_answer("region", "nothing", "a bus") == 0.0
     assert score_answer("suggestion", "stop, because", "slow down, because there is a stop sign") == 0.0
-
-
-def test_the_scene_score_averages_the_tasks():
-    rows = [
-        {"task": "region", "gold": "a bus", "prediction": "a bus"},
-        {"task": "region", "gold": "a bus", "prediction": "a car"},
-        {"task": "suggestion", "gold": "stop", "prediction": "stop"},
-    ]
-    assert [score_answers(rows[:2]), score_answers(rows[2:])] == [(0.5, 2), (1.0, 1)]
-    assert score_answers(rows) == (0.75, 3)

@@ -4,9 +4,20 @@ from collections import Counter
 from random import Random
 from statistics import fmean
 
+import numpy as np
 import pytest
 
-from pipeline.benchmark.scoring import action, class_f1, mention_f1, mentions, score_answer, score_answers
+from pipeline.benchmark.scoring import (
+    action,
+    mention_f1,
+    mentions,
+    rare_error_counts,
+    rare_recall_counts,
+    scene_counts,
+    scene_score,
+    score_answer,
+    share,
+)
 from pipeline.benchmark.text import GROUP_TITLES, describe, suggest
 from pipeline.benchmark.world import ACTIONS, KINDS, pick_regions, plan_scene
 
@@ -14,6 +25,15 @@ from pipeline.benchmark.world import ACTIONS, KINDS, pick_regions, plan_scene
 @pytest.fixture(scope="module", params=[False, True], ids=["regular", "corner"])
 def scenes(request):
     return [plan_scene(Random(f"scoring/{i}"), corner=request.param, held_out=True) for i in range(250)]
+
+
+def scored(answers):
+    """The scene score of (task, prediction, gold)s."""
+    return float(scene_score(np.sum([scene_counts(*answer) for answer in answers], axis=0)))
+
+
+def class_f1(pairs):
+    return scored([("general", *pair) for pair in pairs])
 
 
 def best_constant(score, golds):
@@ -100,10 +120,46 @@ def test_class_f1_equals_precision_and_recall_per_class():
     assert class_f1(texts) == pytest.approx(fmean(values))
 
 
-def test_gold_without_known_words_is_in_no_mean_and_not_counted():
+def test_gold_without_known_words_is_in_no_mean():
     golds = [("general", "nothing of note"), ("region", "a grey rock"), ("suggestion", "wait"), ("chat", "a bus")]
-    records = [{"task": task, "gold": gold, "prediction": gold} for task, gold in golds]
-    assert [score_answer(r["task"], r["prediction"], r["gold"]) for r in records] == [None] * 4
-    assert score_answers(records) == (None, 0)
-    known = {"task": "region", "gold": "a bus", "prediction": "a car"}
-    assert score_answers([*records, known]) == (0.0, 1)
+    assert [score_answer(task, gold, gold) for task, gold in golds] == [None] * 4
+    assert [scene_counts(task, gold, gold) for task, gold in golds] == [None] * 4
+
+
+def test_the_scene_score_is_the_mean_of_the_tasks_that_are_there():
+    region = [("region", "a bus", "a bus"), ("region", "a car", "a bus")]
+    general = [("general", "a car", "a car"), ("general", "", "a deer")]
+    suggestion = [("suggestion", "stop", "stop"), ("suggestion", "stop", "stop"), ("suggestion", "x", "stop")]
+    assert scored(region) == 0.5
+    assert scored(general) == 0.5, "a car and no deer"
+    assert scored([*region, *suggestion]) == pytest.approx((1 / 2 + 2 / 3) / 2)
+    assert scored([*region, *general, *suggestion]) == pytest.approx((1 / 2 + 1 / 2 + 2 / 3) / 3)
+
+
+def test_scores_of_many_choices_at_once_are_those_of_each():
+    """As resampling needs them; a choice without any answer has no score."""
+    answers = [
+        ("region", "a bus", "a bus"),
+        ("general", "a car and a van", "a car"),
+        ("suggestion", "stop", "give way"),
+    ]
+    counts = np.stack([scene_counts(*answer) for answer in answers])
+    times = np.array([[1, 0, 0], [2, 1, 1], [0, 3, 0], [0, 0, 0]], float)
+    values = scene_score(times @ counts)
+    chosen = [[answer for answer, n in zip(answers, row, strict=True) for _ in range(int(n))] for row in times[:3]]
+    np.testing.assert_allclose(values[:3], [scored(part) for part in chosen])
+    assert np.isnan(values[3])
+
+
+def test_rare_objects_by_hand():
+    answers = [
+        ("general", "a deer and a car", "a deer, a stroller"),
+        ("region", "some fallen cargo near ahead", "a fallen tree near ahead"),
+        ("general", "a stroller", "a car"),
+        ("suggestion", "stop, there is a deer", "stop, there is a deer"),
+    ]
+    recall = [rare_recall_counts(*answer) for answer in answers]
+    assert [None if c is None else c.tolist() for c in recall] == [[1, 2], [0, 1], None, None]
+    assert share(np.sum([c for c in recall if c is not None], axis=0)) == pytest.approx(1 / 3)
+    wrong = [rare_error_counts(*answer) for answer in answers]
+    assert [None if c is None else c.tolist() for c in wrong] == [[0, 1], [1, 1], [1, 1], None]

@@ -1,10 +1,12 @@
 import contextlib
+import copy
 import io
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,20 +16,21 @@ from pipeline.cli import main as clkd
 from pipeline.data.collate import collate
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import generate, latency, results, stage
+from pipeline.evaluation.bars import bar_lines, bars, gaps_closed
 from pipeline.evaluation.generate import answers, open_model, use_experts
 from pipeline.evaluation.latency import Timing
 from pipeline.evaluation.metrics import METRICS, SCENE_SCORE, rouge_l
-from pipeline.evaluation.results import Row, bars, cut_line
+from pipeline.evaluation.results import Row, cut_line
 from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples, with_gold
 from pipeline.models.generation import Decoder, continuations, model_inputs
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
-from pipeline.recipe import RandomModelConfig, UpcycleConfig, load_recipe
+from pipeline.recipe import EvaluationConfig, RandomModelConfig, UpcycleConfig, load_recipe
 from tests.helpers import recipes
 from tests.helpers.tiny_data import corpus, make_processor, save_image
 
 SIZES = RandomModelConfig.model_validate(recipes.SIZES)
-OTHER = METRICS[1:]
+OTHER = METRICS[3:]
 """The metrics of data that are no drawn scenes."""
 TASKS, SLICES, NEW_TOKENS = ("general", "region", "suggestion"), ("regular", "corner"), 12
 CPU = torch.device("cpu")
@@ -330,7 +333,7 @@ def test_bars_of_drawn_scenes_by_hand():
         "clkd_vs_teacher_corner": (pytest.approx(1.1), 0.95, True),
         "clkd_speedup": (2.5, 2.0, True),
     }
-    text = results.bar_lines(bars(rows, METRICS))
+    text = bar_lines(bars(rows, METRICS), METRICS)
     assert [line.split()[-1] for line in text.splitlines()[1:]] == ["reached", "MISSED", "MISSED", "reached", "reached"]
 
 
@@ -350,7 +353,7 @@ def test_bars_of_other_data_are_by_metric_and_slice_and_only_measured_ones():
 def test_bars_that_cannot_be_measured_are_not_reached():
     alone = bars([row("teacher", scene(0.8, 0.7))], [SCENE_SCORE])
     assert [(bar.value, bar.reached) for bar in alone] == [(None, False)] * 5
-    assert "not measured" in results.bar_lines(alone)
+    assert "not measured" in bar_lines(alone, METRICS)
     zero = {b.name: b for b in bars([row("teacher", scene(0.8, 0.0), scene(0.0, 0.0))], METRICS)}
     assert (zero["teacher_vs_blind_regular"].value, zero["teacher_vs_blind_regular"].reached) == (None, True)
     nothing = zero["teacher_vs_blind_corner"]
@@ -358,6 +361,90 @@ def test_bars_that_cannot_be_measured_are_not_reached():
     blind_row = replace(row("other, blind", scene(0.1, 0.1)), blind=True)
     blind_student = bars([row("teacher", scene(0.8, 0.8)), blind_row], METRICS)
     assert blind_student[-1].value is None, "a blind row is no student"
+
+
+def test_bars_against_the_baseline_and_the_rivals_by_hand():
+    targets = {
+        "quality": {"scene_score": {"corner": 0.9}, "rare_errors": {"corner": 1.0}},
+        "gap": {"scene_score": {"corner": 0.25}},
+        "gap_closed": {"scene_score": {"corner": 0.7, "regular": 0.9}},
+        "ahead": {"scene_score": {"corner": 0.09, "regular": 0.0}, "rare_errors": {"corner": 0.01}},
+        "speed": 3.0,
+    }
+    names = ("teacher", "sft", "kd", "clkd")
+    rows = [{"name": name, "model": "jobs.x"} for name in names]
+    settings = EvaluationConfig.model_validate({"rows": rows, "baseline": "sft", "rivals": ["kd"], "bars": targets})
+    values = {"teacher": (0.9, 0.8, 0.05), "sft": (0.7, 0.4, 0.0), "kd": (0.86, 0.6, 0.08), "clkd": (0.85, 0.7, 0.04)}
+    table = [row(name, scene(a, b) | {"rare_errors": {"corner": c}}, speedup=2.5) for name, (a, b, c) in values.items()]
+    apart = np.linspace(-0.05, 0.05, 2001)
+    spreads = {
+        name: {
+            "scene_score": {"regular": a + sign * apart, "corner": b + 0 * apart},
+            "rare_errors": {"corner": c + 0 * apart},
+        }
+        for sign, (name, (a, b, c)) in zip((0, 0, 0, 1), values.items(), strict=True)
+    }
+    measured = {bar.name: bar for bar in bars(table, METRICS, settings, spreads)}
+    figures = {name: (pytest.approx(bar.value), bar.target, bar.reached) for name, bar in measured.items() if bar.value}
+    assert figures == {
+        "clkd_vs_teacher_regular": (0.85 / 0.9, 0.95, False),
+        "clkd_vs_teacher_corner": (0.7 / 0.8, 0.9, False),
+        "clkd_vs_teacher_rare_errors_corner": (0.05 / 0.04, 1.0, True),
+        "teacher_ahead_of_baseline_scene_score_corner": (0.4, 0.25, True),
+        "gap_closed_scene_score_corner": (0.3 / 0.4, 0.7, True),
+        "gap_closed_scene_score_regular": (0.15 / 0.2, 0.9, False),
+        "ahead_of_kd_scene_score_corner": (0.1, 0.09, True),
+        "ahead_of_kd_scene_score_regular": (-0.01, 0.0, True),
+        "ahead_of_kd_rare_errors_corner": (0.04, 0.01, True),
+        "clkd_speedup": (2.5, 3.0, False),
+    }  # fmt: skip
+    closed, level = measured["gap_closed_scene_score_regular"], measured["ahead_of_kd_scene_score_regular"]
+    assert closed.interval == pytest.approx((0.75 - 0.0475 / 0.2, 0.75 + 0.0475 / 0.2))
+    assert level.interval == pytest.approx((-0.0575, 0.0375)), "behind by chance"
+    sure = {**spreads, "clkd": {"scene_score": {"regular": 0.85 + 0 * apart, "corner": 0.62 + 12 * apart}}}
+    again = {bar.name: bar.reached for bar in bars(table, METRICS, settings, sure)}
+    assert not again["ahead_of_kd_scene_score_regular"], "behind, and not by chance"
+    assert not again["ahead_of_kd_scene_score_corner"], "ahead, and perhaps by chance"
+    assert "10.0 [10.0, 10.0]" in bar_lines(list(measured.values()), METRICS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"baseline": "sft"}, "none of"),
+        ({"bars": {"gap": {"rouge_l": {"day": 0.1}}}}, "need a baseline"),
+        ({"bars": {"ahead": {"rouge_l": {"day": 0.1}}}}, "needs rivals"),
+    ],
+)
+def test_bars_that_compare_with_no_row_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        EvaluationConfig.model_validate({"rows": [{"name": "teacher", "model": "jobs.t"}], **settings})
+
+
+def test_the_share_of_the_gap_that_each_row_closes():
+    names = ("teacher", "teacher, blind", "sft", "kd", "clkd")
+    rows = [{"name": name, "model": "jobs.x"} for name in names]
+    settings = EvaluationConfig.model_validate({"rows": rows, "baseline": "sft"})
+    values = {"teacher": (0.9, 0.8), "sft": (0.5, 0.4), "kd": (0.7, 0.5), "clkd": (0.9, 0.7)}
+    table = [row(name, scene(*pair)) for name, pair in values.items()]
+    table.insert(1, replace(row("teacher, blind", scene(0.1, 0.1)), blind=True))
+    steps = np.linspace(-0.01, 0.01, 2001)
+    spreads = {
+        n: {"scene_score": {"regular": a + 0 * steps, "corner": b + (n == "kd") * steps}}
+        for n, (a, b) in values.items()
+    }
+    closed = gaps_closed(table, METRICS, settings, spreads)
+    shares = {name: {part: group["value"] for part, group in parts.items()} for name, parts in closed.items()}
+    assert shares == {
+        "kd": {"regular": pytest.approx(0.5), "corner": pytest.approx(0.25)},
+        "clkd": {"regular": pytest.approx(1.0), "corner": pytest.approx(0.75)},
+    }
+    assert closed["kd"]["corner"]["interval"] == pytest.approx([0.25 - 0.0095 / 0.4, 0.25 + 0.0095 / 0.4])
+    rows_closed = [replace(each, gap_closed=closed.get(each.name, {})) for each in table]
+    _, block, *_ = results.table(rows_closed, METRICS).split("\n\n")
+    assert block.splitlines()[0].split() == ["gap", "closed", "in", "scene", "score,", "%", "regular", "corner"]
+    assert block.splitlines()[2].split() == ["clkd", "100.0", "[100.0,", "100.0]", "75.0", "[75.0,", "75.0]"]
+    assert gaps_closed(table, METRICS, EvaluationConfig(), {}) == {}
 
 
 def test_every_metric_has_an_aligned_block_with_the_slices_that_are_there():
@@ -517,11 +604,15 @@ def test_new_weights_are_evaluated_anew(evaluated, run, opened):
 
 
 def test_rescoring_does_not_need_the_models(evaluated, opened, monkeypatch):
-    made_up = {"rouge_l": {"night": {"value": 0.25, "n": 1, "tasks": {}}}}
-    monkeypatch.setattr(stage, "score_all", lambda metrics, records: made_up)
-    assert all(r["scores"] == r["blind_scores"] == made_up for r in evaluate(evaluated)["rows"])
+    made_up = {"rouge_l": {"corner": {"value": 0.25, "n": 1, "tasks": {}}}, "gold_ce": {}}
+    monkeypatch.setattr(stage, "score_all", lambda metrics, records: copy.deepcopy(made_up))
+    values = [
+        r[key]["rouge_l"]["corner"]["value"] for r in evaluate(evaluated)["rows"] for key in ("scores", "blind_scores")
+    ]
+    assert values == [0.25] * 6
     assert opened == []
-    assert json.loads((evaluated.run.dir / "evaluation/teacher.json").read_text())["scores"] == made_up
+    stored = json.loads((evaluated.run.dir / "evaluation/teacher.json").read_text())
+    assert stored["scores"]["rouge_l"]["corner"]["value"] == 0.25
 
 
 def test_all_missing_models_are_named_before_anything_runs(run, tmp_path):

@@ -11,6 +11,7 @@ from pipeline.recipe import Recipe
 from tests.helpers import recipes
 
 SCENES = Recipe.model_validate(recipes.tiny(Path("run")))
+NOTHING_OF_SCENES: dict[str, list[str]] = {"scene_score": [], "rare_recall": [], "rare_errors": []}
 OWN = Recipe.model_validate(recipes.chat(Path("run"), "test", {}))
 
 
@@ -19,7 +20,8 @@ def record(part="night", task="qa", gold="a b c d", prediction="a b", nats=2.0, 
 
 
 def test_the_scene_score_is_for_drawn_scenes_alone():
-    assert [metric.name for metric in metrics_of(SCENES)] == ["scene_score", "rouge_l", "gold_ce"]
+    assert [metric.name for metric in metrics_of(SCENES)] == [
+        "scene_score", "rare_recall", "rare_errors", "rouge_l", "gold_ce"]  # fmt: skip
     assert OWN.benchmark is not None, "random models for data of one's own: the benchmark is used, its scenes are not"
     assert [metric.name for metric in metrics_of(OWN)] == ["rouge_l", "gold_ce"]
 
@@ -79,11 +81,11 @@ def test_samples_without_a_gold_answer_are_in_no_score():
     silent = {"slice": "day", "task": "qa", "gold": " ", "prediction": "a b"}
     scores = score_all(METRICS, [record(), silent])
     assert {name: list(parts) for name, parts in scores.items()} == {
-        "scene_score": [],
+        **NOTHING_OF_SCENES,
         "rouge_l": ["night"],
         "gold_ce": ["night"],
     }
-    assert score_all(METRICS, [silent]) == {"scene_score": {}, "rouge_l": {}, "gold_ce": {}}
+    assert score_all(METRICS, [silent]) == {name: {} for name in (*NOTHING_OF_SCENES, "rouge_l", "gold_ce")}
 
 
 def test_rouge_is_googles_and_reads_other_alphabets_too():

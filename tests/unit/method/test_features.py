@@ -52,7 +52,13 @@ def sample(index: int) -> Any:
     thw = torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in grids])
     pixels = torch.randn(int(thw.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator)
     return SimpleNamespace(
-        sample_id=f"s{index}", input_ids=ids, labels=labels, pixel_values=pixels, image_grid_thw=thw, grids=grids
+        sample_id=f"s{index}",
+        input_ids=ids,
+        labels=labels,
+        pixel_values=pixels,
+        image_grid_thw=thw,
+        grids=grids,
+        problem=None,
     )
 
 

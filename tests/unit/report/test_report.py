@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ from pipeline.benchmark.scoring import SLICES, TASKS
 from pipeline.cli import main as clkd
 from pipeline.data.readers import read_samples
 from pipeline.data.sample import Sample, load_image
-from pipeline.evaluation import results
+from pipeline.evaluation.bars import bars, gaps_closed
+from pipeline.evaluation.intervals import Resamples, interval
 from pipeline.evaluation.metrics import METRICS, score_all, score_together
 from pipeline.evaluation.results import Row
 from pipeline.method.curriculum import competence, tilt
 from pipeline.method.hardness import HardnessTable
 from pipeline.method.release import release_alpha
-from pipeline.recipe import ScenesConfig, load_recipe
+from pipeline.recipe import EvaluationConfig, ScenesConfig, load_recipe
 from pipeline.report import plots as report_plots
 from pipeline.report import stage as report
 from pipeline.report.data import NUM_EXAMPLES, Answer, ResultBar, ResultMetric, _choose, verdict
@@ -33,7 +35,23 @@ from pipeline.training.metrics import MetricsLogger
 from tests.helpers import recipes
 
 STEPS = 150
-RECIPE = recipes.reported(Path("unused"), STEPS)
+COMPARED = {
+    "baseline": "MoE student SFT",
+    "rivals": ["MoE student vanilla KD"],
+    "bars": {
+        "gap": {"scene_score": {"corner": 0.1}},
+        "gap_closed": {"scene_score": {"corner": 0.5, "regular": 0.9}},
+        "ahead": {"rare_recall": {"corner": 0.1}},
+    },
+}
+
+
+def reported(run: Path) -> dict[str, Any]:
+    recipe = recipes.reported(run, STEPS)
+    return recipe | {"evaluation": recipe["evaluation"] | COMPARED}
+
+
+RECIPE = reported(Path("unused"))
 SKILL = (0.9, 0.3, 0.72, 0.76, 0.83, 0.88)
 """Chance that each row's model gives the gold answer."""
 EARLIER = json.dumps({"rows": [{"name": "teacher", "slug": "t", "model": "m", "regular": 0.9, "scores": {}}]})
@@ -42,7 +60,7 @@ EARLIER = json.dumps({"rows": [{"name": "teacher", "slug": "t", "model": "m", "r
 def write_run(folder: Path) -> Path:
     """A whole run folder with made-up numbers; returns its recipe."""
     path = folder / "recipe.yaml"
-    recipes.write(path, recipes.reported(folder / "run", STEPS))
+    recipes.write(path, reported(folder / "run"))
     recipe = load_recipe(path)
     write_scenes(recipe.data_root, ScenesConfig.model_validate(RECIPE["benchmark"]["scenes"]))
     train = read_samples("coda_lm", recipe.data_root, "Train")
@@ -57,7 +75,8 @@ def write_run(folder: Path) -> Path:
 
 def write_evaluation(run: Path, samples: Sequence[Sample]) -> None:
     (run / "evaluation").mkdir(parents=True)
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, spreads = np.random.default_rng(0), [], {}
+    draws = Resamples({s.sample_id: str(s.images[0]) for s in samples})
     for position, config in enumerate(RECIPE["evaluation"]["rows"]):
         slug = re.sub(r"[^a-z]+", "_", config["name"].lower())
         records = [
@@ -75,16 +94,24 @@ def write_evaluation(run: Path, samples: Sequence[Sample]) -> None:
         ]
         (run / "evaluation" / f"{slug}.json").write_text(json.dumps({"samples": records}))
         scores, overall = score_all(METRICS, records), score_together(METRICS, records)
+        spreads[config["name"]] = {metric: {} for metric in scores}
+        for metric in METRICS:
+            for part, group in scores[metric.name].items():
+                drawn = draws.values(metric, [r for r in records if r["slice"] == part])
+                spreads[config["name"]][metric.name][part] = drawn
+                group["interval"] = [*interval(drawn)]
         blind_records = [record | {"prediction": "a tram", "nats": 25.0} for record in records]
         scored = (scores, overall, score_all(METRICS, blind_records))
         size = (5_700_000, 5_700_000) if position < 2 else (2_400_000, 1_900_000)
         speed = (41.0, 9.1, 322.0, 1.0) if position < 2 else (17.0, 4.2, 147.0, 2.19)
         blind = config.get("blind", False)
         rows.append(Row(config["name"], slug, config["model"], blind, *scored, *size, *speed))
+    settings = EvaluationConfig.model_validate(RECIPE["evaluation"])
+    closed = gaps_closed(rows, METRICS, settings, spreads)
     content = {
         "metrics": [metric.described() for metric in METRICS],
-        "rows": [asdict(row) for row in rows],
-        "bars": [asdict(bar) for bar in results.bars(rows, METRICS)],
+        "rows": [asdict(row) | {"gap_closed": closed.get(row.name, {})} for row in rows],
+        "bars": [asdict(bar) for bar in bars(rows, METRICS, settings, spreads)],
         "machine": {"cpu": "A processor", "cores": 2, "accelerator": None, "torch": "2.13.0"},
         "date": "2026-11-24T10:00:00+00:00",
         "seed": 7,
@@ -242,8 +269,32 @@ def test_frames_show_every_task_and_slice_as_the_models_see_them(whole: Path, pa
 
 def test_all_figures_are_there(page: Page) -> None:
     labels = [v for tag, key, v in page.attributes if (tag, key) == ("svg", "aria-label")]
-    assert len(labels) == 5 + len(METRICS)
+    assert len(labels) == 6 + len(METRICS)
     assert "There is no" not in page.text
+
+
+def test_the_gap_is_drawn_and_told(whole: Path, page: Page) -> None:
+    rows = {row["name"]: row for row in json.loads((whole.parent / "run/results.json").read_text())["rows"]}
+    student = rows["MoE student CLKD"]["gap_closed"]["corner"]
+    assert f"{100 * student['value']:.0f}%" in page.text
+    assert f"{100 * student['interval'][0]:.1f} to {100 * student['interval'][1]:.1f}" in page.text
+    assert "of the gap from MoE student SFT to the teacher closed" in page.text
+    assert "ahead of MoE student vanilla KD" in page.text and "teacher ahead of MoE student SFT" in page.text
+
+
+def test_rare_objects_are_counted_by_kind_and_model(whole: Path, page: Page) -> None:
+    rows = json.loads((whole.parent / "run/results.json").read_text())["rows"]
+    table = page.html.split('<table class="rare">')[1].split("</table>")[0]
+    cells = [re.findall(r"<td[^>]*>([^<]*)</td>", line) for line in table.split("<tr")[2:]]
+    assert [line[0] for line in cells] == [row["name"] for row in rows]
+    shown = [int(n) for n in re.findall(r"(\d+) shown", table)]
+    for line, row in zip(cells, rows, strict=True):
+        named = sum(int(cell) for cell in line[1:-1] if cell != "–")
+        assert named / sum(shown) == pytest.approx(row["scores"]["rare_recall"]["corner"]["value"])
+        answers = json.loads((whole.parent / "run/evaluation" / f"{row['slug']}.json").read_text())["samples"]
+        parts = row["scores"]["rare_errors"]
+        assert int(line[-1]) == pytest.approx(sum(part["value"] * part["n"] for part in parts.values()))
+        assert len(answers) > sum(shown) > 0
 
 
 @contextmanager
@@ -379,12 +430,12 @@ def other_results(slices: Mapping[str, Sequence[str]], **changes: object) -> str
              "nats": 8.0 + position, "tokens": 4}
             for part, tasks in slices.items() for number, task in enumerate(tasks)
         ]  # fmt: skip
-        scores = score_all(METRICS[1:], records), score_together(METRICS[1:], records), score_all(METRICS[1:], records)
+        scores = score_all(METRICS[3:], records), score_together(METRICS[3:], records), score_all(METRICS[3:], records)
         rows.append(Row(name, name, f"models.{name}", False, *scores, 2_000_000, 1_000_000, 1.0, 1.0, 3.0, 1.5))
     content = {
-        "metrics": [metric.described() for metric in METRICS[1:]],
+        "metrics": [metric.described() for metric in METRICS[3:]],
         "rows": [asdict(row) for row in rows],
-        "bars": [asdict(bar) for bar in results.bars(rows, METRICS[1:])],
+        "bars": [asdict(bar) for bar in bars(rows, METRICS[3:])],
         "notes": [],
     }
     return json.dumps(content | changes)

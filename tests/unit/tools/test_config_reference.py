@@ -62,7 +62,7 @@ def test_a_row_has_type_default_and_meaning():
     text = render()
     assert "| `dir` | path | **required** | Folder that receives every file of the run. |" in text
     assert "| `top_k` | integer ≥ 1 and ≤ 256 | `32` | Teacher entries kept per answer token; " in text
-    assert "| `limit` | integer ≥ 1, or null | `null` | Samples per task and slice;" in text
+    assert "| `limit` | integer ≥ 1, or null | `null` | Samples per task and slice," in text
     assert "| `format` | `coda_lm`, `chat` | `coda_lm` |" in text
 
 

@@ -33,7 +33,7 @@ def assembled(store, alpha, answer_tokens):
         labels_BS[row, 1 : 1 + tokens] = 5
     batch = {"labels": labels_BS, **dict.fromkeys(MODEL_INPUTS)}
     request = Request(np.arange(len(IDS)), np.array(alpha, np.float32))
-    return assemble(request, [SimpleNamespace(sample_id=i) for i in IDS], batch, store)
+    return assemble(request, [SimpleNamespace(sample_id=i, problem=None) for i in IDS], batch, store)
 
 
 def test_targets_stand_in_the_order_of_the_batch(store):
