@@ -30,8 +30,8 @@ class Drawn:
     """Choice at random from softmax(logits / temperature), i64[B].
 
     What is drawn is a function of seed, sample and place in the answer: batch, worker and device play no part, but for
-    logits that differ in their last bits. Of two batches, tokens then differ as seldom as their probabilities do (by the
-    total variation between them), and with a token all that follows it.
+    logits that differ in their last bits. Of two batches, tokens then differ as seldom as their probabilities do (by
+    the total variation between them), and with a token all that follows it.
     """
 
     def __init__(self, sample_ids: Sequence[str], seed: int, temperature: float, vocab_size: int) -> None:

@@ -18,6 +18,8 @@ from tests.helpers.tiny_data import data
 
 ANSWERS = {"max_new_tokens": 10}
 QUESTIONS, LABELLED = 21, 20
+EARLIER = [{"role": "user", "content": "Is there a car?"}, {"role": "assistant", "content": "A red car."}]
+"""Turns before every other question."""
 ENDING = 4.5
 """Factor on the weights of a message's end: a random teacher would hardly ever say it."""
 
@@ -31,7 +33,7 @@ def make(run: Path, **targets: object) -> Path:
     for number, record in enumerate(records):
         if number % 2 == 0:
             asked = f"{record['messages'][0]['content']} ({number})"
-            record["messages"] = [{"role": "user", "content": asked}]
+            record["messages"] = [*EARLIER[: 2 * (number % 4 // 2)], {"role": "user", "content": asked}]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     given = {**TARGETS, "sketches": {"layer": 1}, "answers": ANSWERS, **targets}
     return recipes.write(run / "recipe.yaml", recipes.chat(run, "train", given)).parent

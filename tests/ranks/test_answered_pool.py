@@ -15,9 +15,7 @@ from pipeline.data.sample import POOL
 from pipeline.data.splits import open_split
 from pipeline.models import checkpoint_folder
 from pipeline.recipe import Recipe, load_recipe
-from pipeline.targets.answers import AnswerStore
 from pipeline.targets.pool import open_training_samples
-from pipeline.targets.store import SoftTargetStore
 from tests.helpers import pool_run, recipes
 from tests.helpers import ranks as processes
 from tests.helpers.ranks import Done
@@ -164,22 +162,6 @@ def test_two_ranks_train_on_the_records_answers_and_the_teachers(answered: Path)
     table = pq.read_table(answered / "jobs/clkd/hardness.parquet").to_pydict()
     visited = {i for i, visits in zip(table["sample_id"], table["visits"], strict=True) if visits}
     assert visited & {s.sample_id for s in pool} and visited - {s.sample_id for s in pool}
-
-
-def test_the_certainty_is_of_the_answer_alone(answered: Path) -> None:
-    """Not of earlier turns, whose targets the sample has too."""
-    recipe = recipe_of(answered)
-    processor, turns = processor_of(recipe), set()
-    stores = SoftTargetStore.open(recipe.store_url, None), AnswerStore.open(recipe.store_url, None)
-    for sample in open_training_samples(recipe, processor):
-        if sample.source == POOL:
-            targets, answer = (store.read(sample.sample_id) for store in stores)
-            own = len(processor.tokenizer.encode(sample.answer, add_special_tokens=False)) + 1
-            assert answer.text == sample.answer and answer.tokens == own <= len(targets)
-            expected = float(targets.gold_logprob[-own:].double().mean().exp())
-            assert answer.certainty == pytest.approx(expected, rel=1e-2)
-            turns.add(len(targets) > own)
-    assert turns == {True, False}
 
 
 def test_a_job_notices_other_answers_of_the_same_samples(answered: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_an_ordinary_pass_over_the_chats_gives_the_same_targets_and_samples(run,
     assert run_pass(recipe).samples == len(plain) >= 3
     ours = {s.turns: s for s in opened(finished) if s.source == POOL}
     assert len(ours) == len(plain)
+    processor, earlier = processor_of(finished), set()
     stores = [SoftTargetStore.open(each.store_url, None) for each in (finished, recipe)]
     looks = [SketchStore.open(each.store_url, None) for each in (finished, recipe)]
     lines = {line["sample_id"]: line for line in map(json.loads, chats.read_text().splitlines())}
@@ -123,8 +124,11 @@ def test_an_ordinary_pass_over_the_chats_gives_the_same_targets_and_samples(run,
         one, other = looks[0].read(mine.sample_id), looks[1].read(theirs.sample_id)
         for a, b in ((one.cells_CR, other.cells_CR), (one.tokens_TR, other.tokens_TR)):
             assert (a - b).norm() < 0.01 * b.norm()
-        certainty = float(wanted.gold_logprob.mean().exp())
+        own = len(processor.tokenizer.encode(theirs.answer, add_special_tokens=False)) + 1
+        certainty = float(wanted.gold_logprob[-own:].mean().exp())  # not of the answers in earlier turns
         assert lines[mine.sample_id]["certainty"] == pytest.approx(certainty, rel=1e-2)
+        earlier.add(len(got) > own)
+    assert earlier == {True, False}
 
 
 def test_what_is_drawn_follows_the_probabilities_and_is_a_function_of_seed_sample_and_place():
@@ -269,8 +273,8 @@ def split_apart(run, folder):
     for image in (run / "data").glob("*.png"):
         shutil.copy(image, folder / "data")
     records = [json.loads(line) for line in (run / "data" / "train.jsonl").read_text().splitlines()]
-    for name, count in (("train", 2), ("pool", 1)):
-        chosen = [r for r in records if len(r["messages"]) == count]
+    for name in ("train", "pool"):
+        chosen = [r for r in records if (r["messages"][-1]["role"] == "user") == (name == "pool")]
         (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in chosen))
 
 
