@@ -1,12 +1,15 @@
 import copy
 import math
+import operator
+from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import pytest
 
 from pipeline.method import curriculum
 from pipeline.method.curriculum import (
-    VISIT_PENALTY,
+    Weights,
     Window,
     competence,
     longest_wait,
@@ -16,33 +19,41 @@ from pipeline.method.curriculum import (
     tilt,
     uniform_order,
 )
-from pipeline.method.hardness import HardnessTable, Ranks
+from pipeline.method.hardness import HardnessTable, strata_of
 from pipeline.method.plan import WindowPlan
+from pipeline.method.table_loops import CODES
 from pipeline.recipe import CurriculumConfig, HardnessConfig
 
-
-def ranks_of(percentile, stratum):
-    """Ranks with exactly these percentiles: codes in ascending order of u within each stratum."""
-    strata = int(stratum.max()) + 1
-    codes = len(np.unique(percentile))
-    code, count = np.zeros(len(percentile), np.uint16), np.zeros((strata, codes), np.int64)
-    table = np.ones((strata, codes), np.float32)
-    for s in range(strata):
-        members = stratum == s
-        values, codes, counts = np.unique(percentile[members], return_inverse=True, return_counts=True)
-        code[members] = codes
-        count[s, : len(values)], table[s, : len(values)] = counts, values
-    return Ranks(code, count, table)
+WEIGHTS = {"gamma", "mixture", "cap", "visit_penalty", "retire_below"}
 
 
-def plan(percentile, visits=None, stratum=None, last_window=None, seed=0, **window):
-    count = len(percentile)
+def ranks_of(hardness, stratum):
+    """As a table ranks never-scored samples: codes of 65,536 steps of each stratum's range."""
+    return _ranks(np.asarray(hardness, np.float32).tobytes(), np.asarray(stratum, np.uint8).tobytes())
+
+
+@lru_cache(maxsize=8)
+def _ranks(hardness, stratum):
+    hardness, stratum = np.frombuffer(hardness, np.float32), np.frombuffer(stratum, np.uint8)
+    names = [f"{i:07d}" for i in range(len(hardness))]
+    table = HardnessTable(names, [f"s{s:03d}" for s in stratum], hardness)
+    return table.ranks(step=0, half_life_steps=math.inf)
+
+
+def window_of(**settings):
+    weights = Weights(**{key: settings.pop(key) for key in WEIGHTS & settings.keys()})
+    return Window(**({"number": 0, "size": 10, "weights": weights} | settings))
+
+
+def plan(hardness, visits=None, stratum=None, last_window=None, seed=0, pool=(), **settings):
+    count = len(hardness)
     visits = np.zeros(count, np.uint16) if visits is None else np.asarray(visits, np.uint16)
     stratum = np.zeros(count, np.uint8) if stratum is None else np.asarray(stratum, np.uint8)
     # Nothing waits unless a test says so.
-    window = Window(**({"number": 0, "size": 10} | window))
+    window = window_of(**settings)
     last = np.full(count, window.number, np.int32) if last_window is None else last_window
-    return plan_window(ranks_of(np.asarray(percentile, np.float32), stratum), visits, last, stratum, window, seed)
+    pool_S = np.isin(np.arange(int(stratum.max()) + 1), pool)
+    return plan_window(ranks_of(hardness, stratum), visits, last, stratum, pool_S, window, seed)
 
 
 def ranks(count):
@@ -83,15 +94,15 @@ def test_only_samples_up_to_the_competence_are_drawn():
 
 
 def test_a_stratum_too_small_for_the_competence_gives_its_easiest():
-    drawn = plan([*ranks(20), 0.75, 0.25 + 0.1], stratum=[0] * 20 + [1] * 2, size=40, competence=0.3)
+    drawn = plan([*ranks(20), 0.75, 0.25 + 0.1], stratum=[0] * 20 + [1] * 2, size=40, competence=0.2)
     assert 21 in drawn
     assert 20 not in drawn
 
 
 def test_nothing_repeats_before_everything_eligible_was_drawn():
     percentile = ranks(40)
-    assert len(set(plan(percentile, size=40, beta=1.0))) == 40
-    long = plan(percentile, size=100, beta=1.0)
+    assert len(set(plan(percentile, size=40, gamma=2.0))) == 40
+    long = plan(percentile, size=100, gamma=2.0)
     assert len(long) == 100
     for start in (0, 40):
         assert sorted(long[start : start + 40]) == list(range(40))
@@ -99,46 +110,140 @@ def test_nothing_repeats_before_everything_eligible_was_drawn():
     assert not np.array_equal(long[:40], long[40:80])
 
 
-@pytest.mark.parametrize("beta", [-1.0, 0.0, 1.5])
-def test_first_draws_follow_the_weights(beta):
+@pytest.mark.parametrize(("gamma", "mixture", "cap"), [(0, 1, 50), (1, 1, 50), (2.5, 1, 50), (2, 0.7, 50), (2, 1, 1.5)])
+def test_first_draws_follow_the_weights(gamma, mixture, cap):
     """Gumbel-top-k's first draw has probability a_i / sum a. Chi-square with 9 degrees of freedom, 99.9% point 27.9."""
-    percentile = ranks(10)
-    draws = [plan(percentile, seed=5, number=w, size=3, beta=beta)[0] for w in range(1200)]
-    weights = np.exp(beta * (2 * percentile - 1))
+    hardness = np.array([0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.9, 3.0])
+    settings = {"gamma": gamma, "mixture": mixture, "cap": cap}
+    draws = [plan(hardness, seed=5, number=w, size=3, **settings)[0] for w in range(1200)]
+    weights = (1 - mixture) + mixture * np.minimum((hardness / hardness.mean()) ** gamma, cap)
     assert chi_square(np.bincount(draws, minlength=10), 1200 * weights / weights.sum()) < 27.9
 
 
 def test_second_draws_follow_the_weights_of_what_is_left():
     """Brute force: probability of an ordered pair is a_i / A * a_j / (A - a_i). 11 degrees of freedom, 99.9%: 31.3."""
-    percentile, beta = ranks(4), 1.0
-    weights = np.exp(beta * (2 * percentile - 1))
+    hardness = np.array([0.5, 0.8, 1.1, 1.6])
+    weights = (hardness / hardness.mean()) ** 2
     total = weights.sum()
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
     expected = np.array([weights[i] / total * weights[j] / (total - weights[i]) for i, j in pairs]) * 2400
-    drawn = [tuple(plan(percentile, seed=9, number=w, size=2, beta=beta).tolist()) for w in range(2400)]
+    drawn = [tuple(plan(hardness, seed=9, number=w, size=2, gamma=2.0).tolist()) for w in range(2400)]
     assert chi_square(np.array([drawn.count(p) for p in pairs]), expected) < 31.3
 
 
-def test_a_visit_costs_its_penalty_in_log_weight():
-    """Between two equals, one visited once more: 1 : e. Chi-square with 1 degree of freedom, 99.9% point 10.8."""
-    firsts = [plan([0.5, 0.5], visits=[4, 3], number=w, size=1)[0] for w in range(1200)]
-    share = 1 / (1 + math.exp(VISIT_PENALTY))
+def test_a_stratums_own_mean_is_the_unit():
+    """Ten times as hard a task is not drawn more for that."""
+    hardness, stratum = np.concatenate([ranks(50), 10 * ranks(50)]), np.repeat([0, 1], 50)
+    firsts = [stratum[plan(hardness, stratum=stratum, number=w, size=1, gamma=2.0)[0]] for w in range(600)]
+    assert chi_square(np.bincount(firsts, minlength=2), np.array([300.0, 300.0])) < 10.8
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.5, 2.0, 3.5])
+def test_weights_are_the_powers_of_what_the_codes_say(gamma):
+    """In exact fractions, up to the rounding of a few products."""
+    hardness = np.random.default_rng(0).gamma(0.3, 1.0, 400).astype(np.float32)
+    found = ranks_of(hardness, np.zeros(400, int))
+    low, step = Fraction(float(found.low_S[0])), Fraction(float(found.step_S[0]))
+    exact = [low + step * int(code) for code in found.code_M]
+    mean = sum(exact) / len(exact)
+    np.testing.assert_allclose(
+        found.relative_sizes()[0, found.code_M], [float(value / mean) for value in exact], rtol=1e-12
+    )
+    assert max(abs(float(e) - float(h)) for e, h in zip(exact, hardness, strict=True)) <= float(step) * 0.51
+    weights, _ = curriculum.size_weights(found, np.array([False]), Weights(gamma=gamma, cap=1e9))
+    expected = [max(float(value / mean) ** gamma, curriculum.LEAST_WEIGHT) for value in exact]
+    np.testing.assert_allclose(weights[0, found.code_M], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_samples_that_are_all_alike_are_drawn_alike(value):
+    firsts = [plan(np.full(4, value), number=w, size=1, gamma=2.0, retire_below=0.25, pool=[0])[0] for w in range(800)]
+    assert chi_square(np.bincount(firsts, minlength=4), np.full(4, 200.0)) < 16.3
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1.0])
+def test_a_visit_costs_its_penalty_in_log_weight(penalty):
+    """Between two equals, one visited once more: 1 : e^penalty. One degree of freedom, 99.9% point 10.8."""
+    firsts = [plan([0.5, 0.5], visits=[4, 3], number=w, size=1, visit_penalty=penalty)[0] for w in range(1200)]
+    share = 1 / (1 + math.exp(penalty))
     assert chi_square(np.bincount(firsts, minlength=2), 1200 * np.array([share, 1 - share])) < 10.8
+
+
+# -- retirement --------------------------------------------------------------------------------------------------
+
+
+RETIRED = {"gamma": 2.0, "retire_below": 0.25, "visit_penalty": 0.1}
+
+
+def test_retired_samples_are_drawn_when_nothing_else_is_left():
+    hardness = np.concatenate([np.full(30, 0.01), np.full(10, 1.0)])
+    assert set(plan(hardness, size=10, pool=[0], **RETIRED)) == set(range(30, 40))
+    assert set(range(30, 40)) < set(plan(hardness, size=12, pool=[0], **RETIRED))
+    found, pool = ranks_of(hardness, np.zeros(40, int)), np.array([True])
+    assert curriculum.retired(found, pool, Weights(retire_below=0.25)) == 30
+    assert curriculum.retired(found, pool, Weights(retire_below=0.0)) == 0
+
+
+def test_labelled_samples_are_never_retired():
+    """Gamma 0: hardness decides retirement alone. 30 of 40 have less than a quarter of their stratum's mean."""
+    hardness, stratum = np.tile(np.concatenate([np.full(30, 0.01), np.full(10, 1.0)]), 2), np.repeat([0, 1], 40)
+    drawn = [
+        plan(hardness, stratum=stratum, number=w, size=10, pool=[1], gamma=0, retire_below=0.25) for w in range(60)
+    ]
+    counts = np.bincount(np.concatenate(drawn), minlength=80)
+    assert counts[:30].sum() > 200 and counts[40:70].sum() == 0
+
+
+def test_floors_are_shares_of_the_samples_that_are_not_retired():
+    """Half of the data, of which a tenth is left: it keeps a share of that tenth, not of the half."""
+    hardness = np.concatenate([np.full(90, 0.01), np.full(10, 1.0), np.full(100, 1.0)])
+    stratum, visits = np.repeat([0, 1], 100), np.repeat([50, 0], 100)  # visited often: only its floor is drawn
+    drawn = plan(hardness, visits, stratum, size=44, pool=[0], floor=1.0, **RETIRED)
+    assert np.bincount(stratum[drawn], minlength=2).tolist() == [4, 40]
+
+
+def test_a_retired_sample_whose_hardness_rises_comes_back():
+    hardness = np.full(40, 1.0)
+    hardness[7] = 0.01
+    drawn = [7 in plan(hardness, number=w, size=20, pool=[0], **RETIRED) for w in range(40)]
+    assert not any(drawn)
+    hardness[7] = 1.5
+    assert sum(7 in plan(hardness, number=w, size=20, pool=[0], **RETIRED) for w in range(40)) > 20
+
+
+def test_the_sweep_reaches_retired_samples_within_the_bound():
+    rng = np.random.default_rng(3)
+    count, size, floor = 203, 40, 0.5
+    hardness = np.where(rng.random(count) < 0.7, 0.001, 1.0) * rng.uniform(0.9, 1.1, count)
+    stratum, visits = rng.integers(0, 3, count), np.zeros(count, np.uint16)
+    last, bound, seen = np.full(count, -1, np.int32), longest_wait(count, size, floor), []
+    for number in range(3 * bound):
+        order = plan(hardness, visits, stratum, last, number=number, size=size, floor=floor, pool=[0, 1, 2], **RETIRED)
+        np.add.at(visits, order, 1)
+        last[order] = number
+        seen.append(np.isin(np.arange(count), order))
+    waits = [np.diff(np.flatnonzero([True, *(window[i] for window in seen), True])).max() for i in range(count)]
+    assert max(waits) <= bound
+    assert visits[hardness < 0.1].mean() * 5 < visits[hardness > 0.1].mean()
+
+
+# -- visits, floors, sweeps --------------------------------------------------------------------------------------
 
 
 def test_much_visited_samples_wait_for_equals():
     visits = np.array([9, 0] * 20)
-    drawn = plan(np.full(40, 0.5), visits=visits, size=20)
+    drawn = plan(np.full(40, 0.5), visits=visits, size=20, visit_penalty=3.0)
     assert np.all(visits[drawn] == 0)
 
 
 def test_repeated_windows_reach_every_sample():
-    """Even with a strong tilt: the penalty of visits keeps easy samples from starving."""
-    percentile, visits = ranks(200), np.zeros(200, np.int32)
+    """Even with strong weights: the penalty of visits keeps easy samples from starving."""
+    hardness, visits = ranks(200), np.zeros(200, np.int32)
     for window in range(20):
-        np.add.at(visits, plan(percentile, visits=visits, number=window, size=50, beta=1.0), 1)
-    assert visits.min() >= 3
-    assert visits[100:].mean() > visits[:100].mean()  # and yet the tilt is there
+        drawn = plan(hardness, visits=visits, number=window, size=50, gamma=1.0, visit_penalty=1.0)
+        np.add.at(visits, drawn, 1)
+    assert visits.min() >= 1
+    assert visits[100:].mean() > 1.2 * visits[:100].mean()  # and yet the weights act
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
@@ -146,7 +251,7 @@ def test_every_stratum_keeps_its_floor(floor):
     """Stratum 1 is a fifth of the data and, visited often, would hardly be drawn."""
     stratum = np.array([0, 0, 0, 0, 1] * 40)
     visits = np.where(stratum == 1, 8, 0)
-    drawn = plan(np.tile(ranks(20), 10), visits=visits, stratum=stratum, size=50, floor=floor)
+    drawn = plan(np.tile(ranks(20), 10), visits=visits, stratum=stratum, size=50, floor=floor, visit_penalty=2.0)
     share = np.bincount(stratum[drawn], minlength=2)
     assert len(set(drawn)) == 50
     assert share[1] >= floor * 10
@@ -178,17 +283,31 @@ def splitmix(x):
     return x ^ (x >> 31)
 
 
-def in_plain_python(percentile, visits, last_window, stratum, window, seed):
-    """The window by its definition, with Python's own integers, exp and log, sorting everybody."""
-    everyone = range(len(percentile))
-    easiest = {s: min(u for u, t in zip(percentile, stratum, strict=True) if t == s) for s in set(stratum)}
+def in_plain_python(hardness, visits, last_window, stratum, pool, window, seed):
+    """The window by its definition, with Python's own integers, exp, log and power, sorting everybody."""
+    everyone, weights, codes, size, percentile = range(len(hardness)), window.weights, {}, {}, {}
+    for s in set(stratum):
+        members = [i for i in everyone if stratum[i] == s]
+        values = [float(np.float32(hardness[i])) for i in members]
+        low, width = min(values), (max(values) - min(values)) or 1.0
+        for i, value in zip(members, values, strict=True):
+            codes[i] = min(math.floor((value - low) * ((CODES - 1) / width) + 0.5), CODES - 1)
+        mean = low + width / (CODES - 1) * (sum(codes[i] for i in members) / len(members))
+        for i in members:
+            below, equal = (sum(f(codes[j], codes[i]) for j in members) for f in (operator.lt, operator.eq))
+            percentile[i] = np.float32((below + equal / 2) / len(members))
+            size[i] = (low + width / (CODES - 1) * codes[i]) / mean if mean > 0 else 1.0
+    easiest = {s: min(percentile[i] for i in everyone if stratum[i] == s) for s in set(stratum)}
     eligible = [i for i in everyone if percentile[i] <= max(np.float32(window.competence), easiest[stratum[i]])]
+    active = [i for i in eligible if stratum[i] not in pool or size[i] >= weights.retire_below]
     least = min(visits[i] for i in eligible)
 
     def times(turn):
         key, result = splitmix((seed % 2**64) ^ splitmix(window.number * 1009 + turn)), {}
         for i in eligible:
-            weight = math.exp(window.beta * (2 * float(percentile[i]) - 1) - VISIT_PENALTY * (visits[i] - least))
+            weight = (1 - weights.mixture) + weights.mixture * min(size[i] ** weights.gamma, weights.cap)
+            weight = max(weight, curriculum.LEAST_WEIGHT) * (1 if i in active else curriculum.RETIRED_WEIGHT)
+            weight *= math.exp(-weights.visit_penalty * (visits[i] - least))
             result[i] = -math.log1p(-((splitmix(i ^ key) >> 11) + 0.5) / 2**53) / weight
         return result
 
@@ -205,7 +324,8 @@ def in_plain_python(percentile, visits, last_window, stratum, window, seed):
         taken = {i for i in positions if i in time and window.number - last_window[i] >= turn}
     for s in sorted(set(stratum)):
         members = [i for i in ranked if stratum[i] == s]
-        wanted = math.floor(window.floor * rest * len(members) / len(eligible)) - sum(i in taken for i in members)
+        share = len([i for i in members if i in active]) / max(len(active), 1)
+        wanted = math.floor(window.floor * rest * share) - sum(i in taken for i in members)
         taken |= set([i for i in members if i not in taken][: max(wanted, 0)])
     taken |= set([i for i in ranked if i not in taken][: rest - len(taken)])
     return order + [i for i in ranked if i in taken]
@@ -218,20 +338,29 @@ def test_windows_equal_plain_python(case):
     count, strata = int(rng.integers(1, 300)), int(rng.integers(1, 5))
     stratum = np.minimum(rng.integers(0, strata, count), rng.integers(0, strata, count)).astype(np.uint8)
     stratum = np.unique(stratum, return_inverse=True)[1].astype(np.uint8)
-    percentile = (rng.integers(0, rng.integers(1, 400), count) / 400 + 1e-3).astype(np.float32)  # with ties
+    hardness = (rng.integers(0, rng.integers(1, 400), count) ** 2 / 9000).astype(np.float32)  # with ties and zeros
     visits = rng.integers(0, rng.integers(1, 12), count).astype(np.uint16)
-    window = Window(
+    pool = [s for s in range(strata) if rng.random() < 0.5]
+    window = window_of(
         number=int(rng.integers(0, 90)),
         size=int(rng.integers(1, rng.choice([10, count + 1, 3 * count + 1]))),
         competence=float(rng.choice([0.05, 0.4, 1.0])),
-        beta=float(rng.uniform(-1.5, 1.5)),
         floor=float(rng.choice([0.0, 0.5, 0.9, 1.0])),
+        gamma=float(rng.choice([0.0, 0.5, 1.0, 2.0, 3.5])),
+        mixture=float(rng.choice([0.7, 1.0])),
+        visit_penalty=float(rng.choice([0.0, 0.1, 1.0])),
+        retire_below=float(rng.choice([0.0, 0.25, 0.9])),
     )
     last = rng.integers(-1, window.number + 1, count).astype(np.int32)
-    planned = plan_window(ranks_of(percentile, stratum), visits, last, stratum, window, case - 5)
+    planned = plan(hardness, visits, stratum, last, case - 5, pool, **_fields(window))
     assert len(planned) == window.size
-    expected = in_plain_python(percentile, visits.tolist(), last.tolist(), stratum.tolist(), window, case - 5)
+    expected = in_plain_python(hardness, visits.tolist(), last.tolist(), stratum.tolist(), pool, window, case - 5)
     assert planned.tolist() == expected
+
+
+def _fields(window):
+    own = {name: getattr(window, name) for name in ("number", "size", "competence", "floor")}
+    return own | {name: getattr(window.weights, name) for name in WEIGHTS}
 
 
 def test_a_limit_that_proves_too_low_is_raised():
@@ -240,8 +369,9 @@ def test_a_limit_that_proves_too_low_is_raised():
     visits = np.where(np.arange(count) < 50, 0, 30).astype(np.uint16)
     stratum = (np.arange(count) % 7 == 0).astype(np.uint8)
     percentile = np.repeat(ranks(50_000), 10).astype(np.float32)
-    order = plan(percentile, visits, stratum, size=3000, beta=1.0, floor=0.5)
-    race = curriculum._Race(ranks_of(percentile, stratum), visits, stratum, 1.0, 1.0)
+    settings = {"gamma": 2.0, "visit_penalty": 1.0}
+    order = plan(percentile, visits, stratum, size=3000, floor=0.5, **settings)
+    race = curriculum._Race(ranks_of(percentile, stratum), visits, stratum, np.zeros(2, bool), window_of(**settings))
     times = race.times(curriculum._key(0, 0), np.arange(count))
     everyone = np.argsort(times, kind="stable")
     assert set(everyone[:50].tolist()) == set(range(50))
@@ -250,10 +380,10 @@ def test_a_limit_that_proves_too_low_is_raised():
 
 
 @pytest.mark.parametrize(
-    ("beta", "floor", "size"),
-    [(1.0, 0.5, 25), (-1.5, 0.0, 40), (2.0, 0.9, 16), pytest.param(3.0, 1.0, 50, marks=pytest.mark.slow)],
+    ("gamma", "floor", "size"),
+    [(1.0, 0.5, 25), (0.0, 0.0, 40), (2.0, 0.9, 16), pytest.param(3.0, 1.0, 50, marks=pytest.mark.slow)],
 )
-def test_no_sample_waits_longer_than_the_bound(beta, floor, size):
+def test_no_sample_waits_longer_than_the_bound(gamma, floor, size):
     """From any history: visits that put some samples far behind must not keep them out for good."""
     rng = np.random.default_rng(size)
     count = 203
@@ -262,7 +392,7 @@ def test_no_sample_waits_longer_than_the_bound(beta, floor, size):
     last, bound = np.full(count, -1, np.int32), longest_wait(count, size, floor)
     drawn = []
     for number in range(3 * bound):
-        order = plan(percentile, visits, stratum, last, number=number, size=size, beta=beta, floor=floor)
+        order = plan(percentile, visits, stratum, last, number=number, size=size, gamma=gamma, floor=floor)
         assert len(set(order.tolist())) == size
         np.add.at(visits, order, 1)
         last[order] = number
@@ -270,7 +400,8 @@ def test_no_sample_waits_longer_than_the_bound(beta, floor, size):
     seen = np.stack(drawn)
     waits = [np.diff(np.flatnonzero(np.concatenate([[True], seen[:, i], [True]]))).max() for i in range(count)]
     assert max(waits) <= bound
-    without = [plan(percentile, [60] * 50 + [0] * 153, stratum, number=n, size=size) for n in range(bound)]
+    late = [60] * 50 + [0] * 153
+    without = [plan(percentile, late, stratum, number=n, size=size, visit_penalty=1.0) for n in range(bound)]
     assert not np.isin(np.arange(50), np.concatenate(without)).any()  # without the sweep they would wait
 
 
@@ -324,7 +455,7 @@ def test_uniform_order_puts_every_sample_anywhere():
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_the_global_order_is_the_same_for_every_world_size(world, micro_batch):
     """What all ranks see in one micro-step, together, is the next stretch of the one global order."""
-    order = plan(ranks(48), size=24, beta=1.0)
+    order = plan(ranks(48), size=24, gamma=2.0)
     shares = [rank_share(24, rank, world, micro_batch) for rank in range(world)]
     assert len({len(s) for s in shares}) == 1  # every rank joins every collective
     seen = [np.stack([order[s[k]] for s in shares], axis=1).ravel() for k in range(len(shares[0]))]
@@ -337,7 +468,8 @@ class Run:
     def __init__(self, settings, num_samples=37, batch_size=8, window_steps=4, background=True):
         names = [f"s{i:03d}" for i in range(num_samples)]
         prior = np.random.default_rng(1).random(num_samples).astype(np.float32)
-        self.table = HardnessTable(names, [("general", "region")[i % 2] for i in range(num_samples)], prior)
+        strata = strata_of((("general", "region")[i % 2] for i in range(num_samples)), np.arange(num_samples) % 3 > 0)
+        self.table = HardnessTable(names, strata, prior)
         self.plan = WindowPlan(num_samples, batch_size, window_steps, 5, settings, HardnessConfig())
         self.background = background
 
