@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.data.collate import Encoded
 from pipeline.data.processor import Processor
-from pipeline.evaluation.generate import GreedyDecoder, model_inputs
+from pipeline.models.generation import Decoder, model_inputs
 
 NEW_TOKENS = 32
 """Tokens that every model writes per timed answer."""
@@ -59,7 +59,7 @@ def time_answer(model: PreTrainedModel, inputs: Mapping[str, Tensor], new_tokens
     """
     _synchronize(model)
     started = time.perf_counter()
-    decoder = GreedyDecoder(model, dict(inputs))
+    decoder = Decoder(model, dict(inputs))
     token_B = decoder.first()
     token_B.tolist()  # the first token counts from when it has reached the host
     first = time.perf_counter()

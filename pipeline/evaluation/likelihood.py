@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
-from pipeline.evaluation.generate import model_inputs
 from pipeline.method.losses import IGNORE, cross_entropy_per_token
+from pipeline.models.generation import model_inputs
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from pipeline.data.processor import Processor
 from pipeline.evaluation import generate
 from pipeline.method.fused_head import FusedHead
 from pipeline.models import loading, router
+from pipeline.models.generation import continuations
 from pipeline.models.loading import load_model
 from pipeline.training import checkpoint, engine_state, step
 from pipeline.training.engine import start
@@ -113,7 +114,7 @@ def _generate(run: dict[str, Any]) -> dict[str, Any]:
     engine, _ = _start(uneven.model(), run)
     engine.eval()
     inputs = uneven.prompt(dist.get_rank())
-    ours = generate.greedy(engine.module, inputs, uneven.NEW_TOKENS, uneven.STOPS, in_step=True)
+    ours = continuations(engine.module, inputs, uneven.NEW_TOKENS, uneven.STOPS, in_step=True)
     theirs = uneven.hugging_face(engine.module, inputs, synced_gpus=True)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (ours[0], theirs))

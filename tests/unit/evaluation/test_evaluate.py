@@ -17,11 +17,12 @@ from pipeline.data.collate import collate
 from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import generate, latency, results, stage
 from pipeline.evaluation.bars import bar_lines, bars, gaps_closed
-from pipeline.evaluation.generate import GreedyDecoder, answers, greedy, model_inputs, open_model, use_experts
+from pipeline.evaluation.generate import answers, open_model, use_experts
 from pipeline.evaluation.latency import Timing
 from pipeline.evaluation.metrics import METRICS, SCENE_SCORE, rouge_l
 from pipeline.evaluation.results import Row, cut_line
 from pipeline.evaluation.stage import Evaluation, evaluate, questions, timed_samples, with_gold
+from pipeline.models.generation import Decoder, continuations, model_inputs
 from pipeline.models.loading import load_model, save_model
 from pipeline.models.student import upcycle
 from pipeline.recipe import EvaluationConfig, RandomModelConfig, UpcycleConfig, load_recipe
@@ -143,15 +144,15 @@ def test_padded_batches_give_generates_tokens(shared, run, name):
     batch = collate(
         [processor.encode_prompt(s) for s in samples], processor.pad_id, processor.image_token_id, side="left"
     )
-    assert greedy(model, model_inputs(batch, "cpu"), NEW_TOKENS, ()) == free
-    assert greedy(model, model_inputs(batch, "cpu"), NEW_TOKENS, stops) == expected
+    assert continuations(model, model_inputs(batch, "cpu"), NEW_TOKENS, ()) == free
+    assert continuations(model, model_inputs(batch, "cpu"), NEW_TOKENS, stops) == expected
 
 
 def test_the_timed_loop_gives_generates_tokens(shared, run):
     model = shared.open("models.moe")
     for sample in shared.samples[:3]:
         inputs = single(shared.processor, sample)
-        decoder = GreedyDecoder(model, inputs)
+        decoder = Decoder(model, inputs)
         tokens = [decoder.first()]
         while len(tokens) < NEW_TOKENS:
             tokens.append(decoder.next(tokens[-1]))

@@ -11,10 +11,10 @@ from pipeline.benchmark import random_models
 from pipeline.data.collate import collate
 from pipeline.data.processor import Processor
 from pipeline.errors import ConfigError, UserError
-from pipeline.evaluation.generate import greedy, model_inputs
 from pipeline.files import weights_hash
 from pipeline.models import loading
 from pipeline.models.compatibility import check_compatible
+from pipeline.models.generation import continuations, model_inputs
 from pipeline.recipe import RandomModelConfig
 from pipeline.training.batches import MODEL_INPUTS
 from tests.helpers import tiny
@@ -127,7 +127,7 @@ def test_text_alone_is_what_transformers_makes_of_it(model, processor):
     prompts = [processor.encode_prompt(sample) for sample in samples]
     for prompt, made in zip(
         prompts,
-        greedy(model, model_inputs(processor.collate(prompts, side="left"), "cpu"), 5, ()),
+        continuations(model, model_inputs(processor.collate(prompts, side="left"), "cpu"), 5, ()),
         strict=True,
     ):
         plain = model.generate(input_ids=prompt.input_ids[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
