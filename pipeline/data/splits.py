@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipeline.data.index import build
@@ -21,6 +22,7 @@ from pipeline.data.index.build import About, Made, Split
 from pipeline.data.index.images import changed_images
 from pipeline.data.index.lock import held
 from pipeline.data.index.samples import Index
+from pipeline.data.index.tables import read_batches
 from pipeline.data.readers.source import SplitMissingError
 from pipeline.data.sample import Sample
 from pipeline.errors import DataError
@@ -64,12 +66,18 @@ def open_training_split(recipe: Recipe) -> Index:
     if recipe.data.bad_samples == "skip" and len(empty) < len(samples):
         print(f"{where}: {len(empty)} sample(s) with an empty answer left out")
         return samples.select(np.setdiff1d(np.arange(len(samples)), empty))
-    named = "; ".join(", ".join(filter(None, samples[i].meta.values())) for i in empty[:3].tolist())
-    more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+    named, more = named_records(samples, empty)
     raise DataError(
         f"{where}: {len(empty)} of {len(samples)} samples have an empty answer: {named}{more}. Fill in or remove them, "
-        "or leave them out with data.bad_samples=skip. Nothing was started."
+        "let the teacher answer them with `targets.answers: {}` and `clkd teacher`, or leave them out with "
+        "data.bad_samples=skip. Nothing was started."
     )
+
+
+def named_records(samples: Index, places: NDArray[np.int64]) -> tuple[str, str]:
+    """(the records of the first three of these samples, how many more there are), for a message."""
+    named = "; ".join(", ".join(filter(None, samples[i].meta.values())) for i in places[:3].tolist())
+    return named, f" and {len(places) - 3} more" if len(places) > 3 else ""
 
 
 def _current(split: Split, look_at_images: bool) -> About | None:
@@ -79,7 +87,7 @@ def _current(split: Split, look_at_images: bool) -> About | None:
         return None
     if about.problems and (look_at_images or not split.skip):
         return None  # what was wrong may have been a missing image
-    if look_at_images and changed_images(split.root, build.read_batches(split.folder / about.image_table)):
+    if look_at_images and changed_images(split.root, read_batches(split.folder / about.image_table)):
         return None
     return about
 
@@ -161,11 +169,12 @@ def _record(sample: Sample) -> tuple[str, ...]:
 def main(recipe: Recipe, options: argparse.Namespace) -> None:
     """The stage `index`: all splits that are there, their images looked at."""
     data, refused = recipe.data, list[str]()
-    for name in options.split or dict.fromkeys([data.train_split, data.val_split, data.test_split]):
+    pool = [data.pool_split] if data.pool_split else []
+    for name in options.split or dict.fromkeys([data.train_split, *pool, data.val_split, data.test_split]):
         try:
             index = open_split(recipe, name, look_at_images=True)
         except SplitMissingError as error:
-            if options.split or name == data.train_split:
+            if options.split or name in (data.train_split, data.pool_split):
                 refused.append(str(error))
             else:
                 print(f"{recipe.data_root}, split {name!r}: is not there")

@@ -8,8 +8,7 @@
     lock                      held by the process that makes it
 
 Tables are named by their content, and the last one before stays, so that a process that has just read `index.json`
-finds what it names. Ids are hashes, hence spread evenly: rows go into buckets by the first byte of their id, and no
-more than a bucket is sorted in memory.
+finds what it names.
 """
 
 import json
@@ -18,34 +17,29 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Self
 
-import pyarrow as pa
 import xxhash
 
 from pipeline.data.index import images, rows
 from pipeline.data.index.images import ImageHashes, stamp
+from pipeline.data.index.tables import Buckets, Ordered, put_table, read_batches, write_table
 from pipeline.data.problems import Problems, write_problems
 from pipeline.data.readers import no_samples, reader_of
 from pipeline.data.readers.source import Source
 from pipeline.data.sample import Sample, identified
 from pipeline.errors import DataError
-from pipeline.files import PACKAGE, READ_BYTES, replacing, write_json
+from pipeline.files import PACKAGE, write_json
 from pipeline.recipe import Recipe
 
 ABOUT, PROBLEMS = "index.json", "problems.jsonl"
 MAKING = ".making-"
 """Prefix of the folder of rows that are not in order yet."""
-ROWS = 1 << 16
-"""Rows of a batch, at least: each holds one copy of a text that comes often."""
 _PASS = 2048
 """Samples whose images are looked at together."""
-_BUCKETS = 64
-_BUCKET_ROWS = 512
-"""Rows of a bucket that wait in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +96,7 @@ class About:
     samples: int
     images: int
     fingerprint: str
-    """Of all sample ids in order."""
+    """Of all sample ids in order, and of the teacher's answers where there are any: `tables.Ordered`."""
     duplicates: int
     """Records that were equal to an earlier one."""
     problems: int
@@ -113,6 +107,8 @@ class About:
     image_table: str
     bytes: dict[str, int]
     """Of the two tables, by name."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Of an index made from others: how many of their samples it lacks, by why."""
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -163,25 +159,25 @@ def make(split: Split, before: About | None, progress: Progress) -> Made:
     hashes = ImageHashes(split.root)
     journals = _remember(hashes, split.folder, before)
     with tempfile.TemporaryDirectory(prefix=MAKING, dir=split.folder) as work:
-        buckets = _Buckets(Path(work))
+        buckets = Buckets(Path(work))
         with (split.folder / f"hashed-{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as journal:
             journals.add(Path(journal.name))
             for samples in _identified(split, source, hashes, journal, progress):
                 buckets.add(rows.row_of(s, [hashes.number(i) for i in s.images], place) for s in samples)
         _refuse(split, source.problems, buckets.count)
-        ordered = _Ordered()
+        ordered = Ordered()
         samples_path, images_path = Path(work) / "samples", Path(work) / "images"
-        _write(samples_path, rows.SCHEMA, ordered.batches(buckets.tables()))
-        _write(images_path, images.SCHEMA, hashes.batches())
+        write_table(samples_path, rows.SCHEMA, ordered.batches(buckets.tables()))
+        write_table(images_path, images.SCHEMA, hashes.batches())
         if files_digest(split.files()) != digest:
             raise DataError(f"{split}: changed while it was read. Run the command again.")
-        names = _put(samples_path, split.folder, "samples"), _put(images_path, split.folder, "images")
+        names = put_table(samples_path, split.folder, "samples"), put_table(images_path, split.folder, "images")
         about = About(
             identity=split.identity(),
             files=digest,
             samples=ordered.count,
             images=len(hashes),
-            fingerprint=ordered.fingerprint.hexdigest(),
+            fingerprint=ordered.fingerprint,
             duplicates=buckets.count - ordered.count,
             problems=len(source.problems),
             bad_records=source.problems.records,
@@ -239,101 +235,7 @@ def _refuse(split: Split, problems: Problems, samples: int) -> None:
         raise DataError(no_samples(split.root, split.name) + left_out)
 
 
-# -- rows in order -----------------------------------------------------------------------------------------------------
-
-
-class _Buckets:
-    """Rows by the first byte of their id, on disk."""
-
-    def __init__(self, folder: Path) -> None:
-        self._paths = [folder / f"bucket-{number}" for number in range(_BUCKETS)]
-        self._waiting: list[list[tuple[Any, ...]]] = [[] for _ in self._paths]
-        self._files: dict[int, _Stream] = {}
-        self.count = 0
-
-    def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        for row in rows:
-            number = row[0][0] * _BUCKETS >> 8
-            self._waiting[number].append(row)
-            self.count += 1
-            if len(self._waiting[number]) == _BUCKET_ROWS:
-                self._flush(number)
-
-    def tables(self) -> Iterator[pa.Table]:
-        """Each bucket's rows in order, equal ones once."""
-        for number, path in enumerate(self._paths):
-            if self._waiting[number]:
-                self._flush(number)
-            if number in self._files:
-                self._files.pop(number).close()
-                yield rows.in_order(pa.Table.from_batches(read_batches(path)))
-                path.unlink()
-
-    def _flush(self, number: int) -> None:
-        if number not in self._files:
-            self._files[number] = _Stream(self._paths[number], rows.PLAIN)
-        self._files[number].writer.write_table(rows.table_of(self._waiting[number]))
-        self._waiting[number].clear()
-
-
-class _Ordered:
-    """Counts rows and takes their fingerprint while they are written."""
-
-    def __init__(self) -> None:
-        self.count, self.fingerprint = 0, xxhash.xxh3_128()
-
-    def batches(self, tables: Iterable[pa.Table]) -> Iterator[pa.RecordBatch]:
-        """The tables' rows in batches of at least ROWS, but the last."""
-        waiting: list[pa.Table] = []
-        for table in tables:
-            self.count += len(table)
-            for sample_id in table["sample_id"].to_pylist():
-                self.fingerprint.update(f"{sample_id.hex()}\n")
-            waiting.append(table)
-            if sum(map(len, waiting)) >= ROWS:
-                yield rows.encoded(pa.concat_tables(waiting))
-                waiting.clear()
-        if waiting:
-            yield rows.encoded(pa.concat_tables(waiting))
-
-
 # -- files -------------------------------------------------------------------------------------------------------------
-
-
-def read_batches(path: Path) -> list[pa.RecordBatch]:
-    """The batches of a table on disk, mapped into memory and not read."""
-    return list(pa.ipc.open_stream(pa.memory_map(str(path))))
-
-
-class _Stream:
-    """A table that is being written."""
-
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._file = pa.OSFile(str(path), "wb")
-        self.writer = pa.ipc.new_stream(self._file, schema)
-
-    def close(self) -> None:
-        self.writer.close()
-        self._file.close()
-
-
-def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    stream = _Stream(path, schema)
-    for batch in batches:
-        stream.writer.write_batch(batch)
-    stream.close()
-
-
-def _put(made: Path, folder: Path, kind: str) -> str:
-    """Move a finished table into the folder, safely on disk; its name there."""
-    digest = xxhash.xxh3_64()
-    with made.open("rb") as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    name = f"{kind}-{digest.hexdigest()}.arrow"
-    with replacing(folder / name) as temporary:
-        os.replace(made, temporary)
-    return name
 
 
 def tidy_interrupted(folder: Path) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.sample import Sample, Turn, source_of
+from pipeline.data.sample import LABELLED, POOL, Sample, Turn
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Of the files of an index; one of another version is made again."""
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 """Text that often comes again, as a question: each batch of rows keeps one copy."""
@@ -35,11 +35,12 @@ COLUMNS: Mapping[str, pa.DataType] = {
     "meta": pa.list_(pa.string()),
     "characters": pa.int32(),  # of all turns and the answer
     "answered": pa.bool_(),
+    "pool": pa.bool_(),  # the answer, if there is one, is the teacher's
 }
 SCHEMA = pa.schema(dict(COLUMNS))
 PLAIN = pa.schema({name: kind.value_type if pa.types.is_dictionary(kind) else kind for name, kind in COLUMNS.items()})
 """The same without dictionaries: what rows are before they are in order."""
-CONTENT = ("sample_id", "images", "turns", "answer", "task", "slice", "box")
+CONTENT = ("sample_id", "images", "turns", "answer", "task", "slice", "box", "pool")
 """Columns that a sample is made from."""
 ORIGIN = ("file", "line", "meta_names", "meta")
 """Columns of its `meta`."""
@@ -72,6 +73,7 @@ def row_of(sample: Sample, image_numbers: Sequence[int], place: Place) -> tuple[
         list(rest.values()),
         sample.characters,
         bool(sample.answer.strip()),
+        sample.source == POOL,
     )
 
 
@@ -126,7 +128,7 @@ def sample_of(row: Mapping[str, Any], images: Iterable[str], meta: Meta, place: 
         slice=row["slice"],
         box=tuple(row["box"]) or None,
         meta=meta,
-        source=source_of(row["answer"]),
+        source=POOL if row["pool"] else LABELLED,
     )
 
 

@@ -16,9 +16,10 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
-from pipeline.data.index.build import About, read_batches
+from pipeline.data.index.build import About
 from pipeline.data.index.images import Stamp, stamp
-from pipeline.data.index.rows import CONTENT, ORIGIN, Meta, Place, meta_of, sample_of
+from pipeline.data.index.rows import COLUMNS, CONTENT, ORIGIN, Meta, Place, meta_of, sample_of
+from pipeline.data.index.tables import ANSWERS, read_batches
 from pipeline.data.sample import POOL, Sample
 from pipeline.errors import DataError
 
@@ -108,13 +109,24 @@ class Index(Sequence[Sample]):
 
     @property
     def fingerprint(self) -> str:
-        """xxh3-128 of all ids in order, a line each."""
+        """xxh3-128 of all ids in order, a line each; then that of the teacher's answers in the whole index, if any."""
+        whole = self._origin[2].fingerprint
         if self._rows is None:
-            return self._origin[2].fingerprint
+            return whole
         digest = xxhash.xxh3_128()
         for sample_id in self.sample_ids:
             digest.update(f"{sample_id}\n")
-        return digest.hexdigest()
+        return digest.hexdigest() + "".join(whole.partition(ANSWERS)[1:])
+
+    @property
+    def about(self) -> About:
+        """Of the whole index."""
+        return self._origin[2]
+
+    @property
+    def root(self) -> Path:
+        """The data root."""
+        return self._origin[0]
 
     def select(self, places: Iterable[int] | Positions) -> "Index":
         """The samples at these places, in this order; 8 bytes each."""
@@ -163,16 +175,30 @@ class Index(Sequence[Sample]):
 
     def unanswered(self) -> Positions:
         """Places of the samples with an empty answer."""
-        found, start = [np.empty(0, np.int64)], 0
-        for columns, rows in self._runs():
-            bits = _view(columns["answered"], np.uint8, -(-len(columns["answered"]) // 8))
-            found.append(start + np.flatnonzero(bits[rows >> 3] >> (rows & 7) & 1 == 0))
-            start += len(rows)
-        return np.concatenate(found)
+        return np.flatnonzero(~self._truths("answered"))
+
+    def from_pool(self) -> NDArray[np.bool_]:
+        """bool[M]: the samples whose records have no answer, in order."""
+        return self._truths("pool")
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every sample's values by column, see `rows.COLUMNS`: what another index is made from."""
+        for columns, places in self._runs():
+            for place in places.tolist():
+                yield {name: columns[name][place].as_py() for name in COLUMNS}
 
     def image_batches(self) -> list[Columns]:
         """The table of images, see `images.SCHEMA`; of the whole split."""
         return self._images.batches
+
+    def _truths(self, name: str) -> NDArray[np.bool_]:
+        """A column of truth values, in order."""
+        found, start = np.empty(len(self), bool), 0
+        for columns, rows in self._runs():
+            bits = _view(columns[name], np.uint8, -(-len(columns[name]) // 8))
+            found[start : start + len(rows)] = bits[rows >> 3] >> (rows & 7) & 1
+            start += len(rows)
+        return found
 
     def _row(self, place: int) -> int:
         if not -len(self) <= place < len(self):
@@ -260,11 +286,9 @@ def sizes(samples: Sequence[Sample], places: Positions) -> tuple[Positions, Posi
 
 def from_pool(samples: Sequence[Sample]) -> NDArray[np.bool_]:
     """bool[M]: the samples whose records have no answer, in order."""
-    if not isinstance(samples, Index):
-        return np.array([sample.source == POOL for sample in samples], bool)
-    found = np.zeros(len(samples), bool)
-    found[samples.unanswered()] = True
-    return found
+    if isinstance(samples, Index):
+        return samples.from_pool()
+    return np.array([sample.source == POOL for sample in samples], bool)
 
 
 def select(samples: Sequence[Sample], places: Iterable[int]) -> Sequence[Sample]:

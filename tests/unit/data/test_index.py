@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.data.index import build, lock
+from pipeline.data.index import build, lock, tables
 from pipeline.data.index import samples as index_samples
 from pipeline.data.index.images import ImageHashes
 from pipeline.data.index.samples import sample_ids, select, sizes, words
@@ -72,9 +72,9 @@ def plain(run: Path, split: str = "train") -> list:
 @pytest.fixture
 def small_steps(monkeypatch):
     """So many batches, buckets and passes as a large data set has."""
-    monkeypatch.setattr(build, "ROWS", 8)
+    monkeypatch.setattr(tables, "ROWS", 8)
     monkeypatch.setattr(build, "_PASS", 7)
-    monkeypatch.setattr(build, "_BUCKET_ROWS", 2)
+    monkeypatch.setattr(tables, "_BUCKET_ROWS", 2)
 
 
 @pytest.fixture
