@@ -14,10 +14,11 @@ from pipeline.recipe.moe import MoeConfig, NativeMoeConfig
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.references import Reference, folder_of
 from pipeline.recipe.run import RunConfig
-from pipeline.recipe.targets import SketchConfig, TargetsConfig
+from pipeline.recipe.targets import AnswersConfig, SketchConfig, TargetsConfig
 
 __all__ = [
     "AdaptiveConfig",
+    "AnswersConfig",
     "Arguments",
     "BatchConfig",
     "BenchmarkConfig",

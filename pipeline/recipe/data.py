@@ -26,6 +26,9 @@ class DataConfig(Section):
     """Folder of the index, a folder a split; runs on the same data may share it. None: `<run.dir>/index`."""
     train_split: str = "Train"
     """Split for training and soft targets; CODA-LM's name for it."""
+    pool_split: str | None = None
+    """Another split for training, whose records have no answers: the teacher gives them. Read with `targets.answers`
+    alone; questions without an answer in `train_split` are answered as well."""
     val_split: str = "val"
     """Split for choosing settings."""
     test_split: str = "Test"

@@ -89,6 +89,8 @@ class Recipe(Section):
 
     def _job_problems(self) -> list[str]:
         problems = []
+        if self.targets.answers and self.targets.teacher is None:
+            problems.append("targets.answers: nobody is there to answer. Set targets.teacher, or leave `answers` out")
         for name, job in self.jobs.items():
             if (job.distill or job.curriculum) and self.targets.teacher is None:
                 part = "distill" if job.distill else "curriculum"
@@ -149,6 +151,15 @@ class Recipe(Section):
         while source is not None:
             yield Reference.parse(source)
             source = self.made_from(source)
+
+    def makes_the_teacher(self, job: str) -> bool:
+        """Whether the teacher comes from this job: it is trained before there is anybody to answer questions."""
+        teacher = self.targets.teacher
+        return teacher is not None and any(reference.job == job for reference in self.lineage(teacher))
+
+    def needs_answers(self, job: str) -> bool:
+        """Whether a job trains on the teacher's own answers, if there are questions without any."""
+        return self.targets.answers is not None and not self.makes_the_teacher(job)
 
     def origin(self, ref: str) -> Path | None:
         """Checkpoint folder from outside the run that a model goes back to; None: it goes back to random weights."""

@@ -1,10 +1,10 @@
 """`targets`: the teacher pass and its store."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from pipeline.recipe.base import Count, Integer, Positive, PositiveFloat, Section
+from pipeline.recipe.base import Count, Fraction, Integer, NonNegative, Positive, PositiveFloat, Section
 
 
 class SketchConfig(Section):
@@ -16,6 +16,28 @@ class SketchConfig(Section):
     """Values a sketch has; bytes = 1.03 times that."""
     seed: Integer = 0
     """Of the random projection."""
+
+
+class AnswersConfig(Section):
+    """Answers of the teacher to questions that have none. All but `min_certainty` is part of the store's identity."""
+
+    temperature: NonNegative = 0.0
+    """Of the softmax that tokens are drawn from; 0: the most probable token each time."""
+    samples: Positive = 1
+    """Answers to each question; more than one needs a temperature."""
+    max_new_tokens: Positive = 512
+    """Longest answer in tokens. One that has not ended by then is left out of training."""
+    seed: Integer = 0
+    """Of what is drawn, with the sample's id: neither batches nor workers change it."""
+    min_certainty: Fraction = 0.0
+    """Leave answers out of training that the teacher is less sure of: the geometric mean of its probabilities of the
+    answer's tokens, at `targets.temperature`. Applied when samples are opened, so the store stays as it is."""
+
+    @model_validator(mode="after")
+    def _several_answers_differ(self) -> Self:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"samples {self.samples} at temperature 0 would be one answer {self.samples} times")
+        return self
 
 
 class TargetsConfig(Section):
@@ -46,6 +68,9 @@ class TargetsConfig(Section):
     """Softmax temperature the targets are made at; it cannot be changed afterwards."""
     sketches: SketchConfig | None = None
     """Also keep feature sketches; None: soft targets alone."""
+    answers: AnswersConfig | None = None
+    """Let the teacher answer the training questions that have no answer, and `data.pool_split`; None: they are refused,
+    or left out with `data.bad_samples: skip`. `{}`: its most probable answers."""
     shard_samples: Positive = 512
     """Samples per shard, of shards that are planned from now on."""
     batch_size: Positive = 8
