@@ -104,11 +104,15 @@ class Processor:
         Raises:
             DataError: empty answer, special tokens in a text, or more than max_length tokens.
         """
-        if not sample.answer.strip():
-            raise DataError(f"{sample.where}: {NO_ANSWER}")
-        ids, labels = self._token_ids(sample)
-        images = self._images(sample, blind=blind)
-        return self._expanded(sample, ids, labels, images, cuts=self.cuts_answers)
+        ids, labels = self._answered_ids(sample)
+        pixels = self._encode_images(sample, self._images(sample, blind=blind))
+        return self._expanded(sample, ids, labels, pixels, cuts=self.cuts_answers)
+
+    def encode_answer(self, sample: Sample, prompt: Encoded) -> Encoded:
+        """`encode` of a sample whose images `encode_prompt` has encoded already, when it had no answer."""
+        ids, labels = self._answered_ids(sample)
+        pixels = prompt.pixel_values, prompt.image_grid_thw
+        return self._expanded(sample, ids, labels, pixels, cuts=self.cuts_answers)
 
     def encode_or_leave_out(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """`encode`; with `data.bad_samples: skip` a sample that it refuses becomes one token without a label."""
@@ -117,16 +121,19 @@ class Processor:
         except DataError as error:
             if not self.leaves_out:
                 raise
-            pixel_values, grid_n3 = self._encode_images(sample, [])
-            ids_1 = torch.tensor([self.eos_id])
-            labels_1 = torch.full_like(ids_1, IGNORED)
-            return Encoded(sample.sample_id, ids_1, labels_1, pixel_values, grid_n3, problem=str(error))
+            return self.stand_in(sample, str(error))
+
+    def stand_in(self, sample: Sample, problem: str) -> Encoded:
+        """One token without a label, in the place of a sample from which nothing is learnt."""
+        pixel_values, grid_n3 = self._encode_images(sample, [])
+        ids_1 = torch.tensor([self.eos_id])
+        return Encoded(sample.sample_id, ids_1, torch.full_like(ids_1, IGNORED), pixel_values, grid_n3, problem=problem)
 
     def encode_prompt(self, sample: Sample, *, blind: bool = False) -> Encoded:
         """Everything up to where the answer begins, all labels -100. Raises DataError as `encode`."""
         ids, labels = self._token_ids(replace(sample, answer=""))
-        images = self._images(sample, blind=blind)
-        return self._expanded(sample, ids, [IGNORED] * len(labels), images)
+        pixels = self._encode_images(sample, self._images(sample, blind=blind))
+        return self._expanded(sample, ids, [IGNORED] * len(labels), pixels)
 
     def count_text(self, sample: Sample) -> tuple[int, int]:
         """Tokens of the sample without its images: that are read only, and that are labels. What `encode` makes.
@@ -161,6 +168,12 @@ class Processor:
         return settings | processor_identity.identity(self.tokenizer, self.image_processor)
 
     # -- text ----------------------------------------------------------------------------------------------------------
+
+    def _answered_ids(self, sample: Sample) -> tuple[list[int], list[int]]:
+        """`_token_ids` of a sample with an answer."""
+        if not sample.answer.strip():
+            raise DataError(f"{sample.where}: {NO_ANSWER}")
+        return self._token_ids(sample)
 
     def _token_ids(self, sample: Sample) -> tuple[list[int], list[int]]:
         """(ids, labels) of the conversation, one placeholder an image; up to where the answer begins if it has none.
@@ -230,14 +243,15 @@ class Processor:
             raise DataError(f"{sample.where}: {error}; image sizes {[i.size for i in images]}") from error
 
     def _expanded(
-        self, sample: Sample, ids: list[int], labels: list[int], images: list[Image.Image], *, cuts: bool = False
+        self, sample: Sample, ids: list[int], labels: list[int], pixels: tuple[Tensor, Tensor], *, cuts: bool = False
     ) -> Encoded:
         """With the i-th placeholder repeated as often as the i-th image has tokens.
 
         Args:
+            pixels: of the images, as `_encode_images` gives them.
             cuts: leave out what is too long of the last answer.
         """
-        pixel_values, grid_n3 = self._encode_images(sample, images)
+        pixel_values, grid_n3 = pixels
         tokens_n = grid_n3.prod(dim=1) // self.image_processor.merge_size**2
         ids_T, labels_T = (torch.tensor(values, dtype=torch.int64) for values in (ids, labels))
         repeats_T = torch.ones_like(ids_T)

@@ -11,7 +11,6 @@ import numpy as np
 from pipeline.data.index.samples import words
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
-from pipeline.data.splits import open_training_split
 from pipeline.hardness import page as hardness_page
 from pipeline.hardness.page import Card, Group
 from pipeline.hardness.scores import Scorer, Visit
@@ -19,6 +18,7 @@ from pipeline.method.hardness import HardnessTable
 from pipeline.method.pooling import prior_hardness
 from pipeline.recipe import DistillConfig, HardnessConfig, Recipe
 from pipeline.targets.identity import dataset_fingerprint, known_identity
+from pipeline.targets.pool import open_training_samples
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 
@@ -38,8 +38,8 @@ class Run:
     @classmethod
     def open(cls, recipe: Recipe) -> "Run":
         """Raises UserError when the data, the processor or the store is missing, or they do not belong together."""
-        samples = open_training_split(recipe)
         processor = Processor.load(recipe.processor_dir, recipe.data)
+        samples = open_training_samples(recipe, processor)
         identity = known_identity(recipe, processor)
         store = SoftTargetStore.open(recipe.store_url, identity)
         store.require(samples.sample_ids, dataset_fingerprint(samples))

@@ -19,6 +19,7 @@ from pipeline.data.splits import open_split
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import SCENE_SCORE, in_order, rouge_l
 from pipeline.recipe import Recipe
+from pipeline.targets.pool import open_every
 
 NUM_EXAMPLES = 6
 MAX_IMAGE_WIDTH = 640
@@ -295,7 +296,7 @@ def hardness_columns(path: Path) -> Json:
 def train_slices(recipe: Recipe) -> dict[str, str]:
     """Slice of every training sample by its id. Raises Missing."""
     try:
-        samples = open_split(recipe, recipe.data.train_split)
+        samples = open_every(recipe)
     except (UserError, OSError, ValueError) as error:
         raise Missing(f"Slices are not told apart: the training data cannot be read ({error}).") from None
     return dict(zip(samples.sample_ids, samples.words("slice"), strict=True))

@@ -10,7 +10,7 @@ from pipeline.data.sample import Sample
 from pipeline.errors import UserError
 from pipeline.files import weights_hash
 from pipeline.recipe import Recipe
-from pipeline.targets import sketches
+from pipeline.targets import answers, sketches
 from pipeline.targets.codecs import identity_of, make_spec
 from pipeline.targets.container.manifest import Identity
 from pipeline.targets.container.shards import FORMAT_VERSION
@@ -43,6 +43,7 @@ def known_identity(recipe: Recipe, processor: Processor) -> Identity:
         "format_version": FORMAT_VERSION,
         **identity_of(recipe.targets.codec, make_spec(recipe.targets, processor.vocab_size)),
         **sketches.identity_of(recipe.targets.sketches),
+        **answers.identity_of(recipe.targets.answers),
         "temperature": recipe.targets.temperature,
         "dtype": recipe.targets.dtype,
         "matmul_precision": recipe.targets.matmul_precision,
@@ -56,7 +57,7 @@ def _teacher_is_there(recipe: Recipe) -> bool:
 
 
 def dataset_fingerprint(samples: Sequence[Sample]) -> str:
-    """Hash of all sample ids in order, and so of all prompts, answers and images."""
+    """Hash of all sample ids in order, and so of all prompts, answers and images; the teacher's answers count too."""
     if isinstance(samples, Index):
         return samples.fingerprint
     digest = xxhash.xxh3_128()

@@ -9,6 +9,7 @@ object store. `export` writes Parquet.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,20 +19,26 @@ from tqdm import tqdm
 from pipeline.data.index.samples import sample_ids
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
-from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
 from pipeline.recipe import Recipe
+from pipeline.targets.answers import AnswerStore
 from pipeline.targets.container.folders import folder_at
-from pipeline.targets.container.manifest import read_parts, refuse_differences
+from pipeline.targets.container.manifest import kinds_of, read_parts, refuse_differences
 from pipeline.targets.container.reader import DISCARD, StoreReader, damaged_shards
 from pipeline.targets.container.shards import Kind, commit_name, committed_shards
 from pipeline.targets.container.writer import StoreWriter
 from pipeline.targets.parquet import export_parquet
+from pipeline.targets.pool import open_every, open_training_samples
 from pipeline.targets.sketches import SketchStore
 from pipeline.targets.store import SoftTargetStore
 
-_READERS: Mapping[Kind, type[StoreReader]] = {"targets": SoftTargetStore, "sketches": SketchStore}
+_READERS: Mapping[Kind, type[StoreReader]] = {
+    "targets": SoftTargetStore,
+    "sketches": SketchStore,
+    "answers": AnswerStore,
+}
 _MASS_EDGES = (0.5, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
+_CERTAINTY_EDGES = (0.5, 0.7, 0.8, 0.9, 0.95)
 _DRAWN_EDGES = (2, 3, 5, 9, 17, 33, 65)
 
 
@@ -57,7 +64,9 @@ def merge(url: str | Path, sources: Sequence[str], shard_samples: int) -> int:
     todo = {shard: planned[shard] for shard in planned if shard not in committed}
     for shard, members in tqdm(todo.items(), desc="merge", unit="shard", disable=None):
         for kind in reversed(writer.kinds):  # the soft targets last, as the teacher does
-            read = [(i, *holder[i][kind].read_record(i)) for i in members]
+            # Answers are there for questions alone.
+            having = [i for i in members if kind != "answers" or i in holder[i][kind]]
+            read = [(i, *holder[i][kind].read_record(i)) for i in having]
             writer.write_shard(shard, [(i, rows, raw) for i, raw, rows in read], kind)
     return sum(map(len, todo.values()))
 
@@ -89,7 +98,7 @@ def _inspect(recipe: Recipe, options: argparse.Namespace) -> int:
     targets, processor = store.read(sample_id), Processor.load(recipe.processor_dir, recipe.data)
     what = "most often drawn first, in % of the draws" if targets.sampled else "most probable first, in %"
     print(f"sample {sample_id}: {len(targets)} answer tokens; {what}")
-    sample = next((s for s in _data(recipe) if s.sample_id == sample_id), None)
+    sample = next((s for s in _data(recipe, answered=True) if s.sample_id == sample_id), None)
     gold = _show_sample(sample, processor) if sample else [""] * len(targets)
     names = processor.tokenizer.convert_ids_to_tokens
     for row in range(len(targets)):
@@ -111,10 +120,12 @@ def _show_sample(sample: Sample, processor: Processor) -> list[str]:
     return list(processor.tokenizer.convert_ids_to_tokens(answer))
 
 
-def _data(recipe: Recipe) -> Sequence[Sample]:
-    """The training split; none when it is not on this machine."""
+def _data(recipe: Recipe, *, answered: bool = False) -> Sequence[Sample]:
+    """What the teacher pass covers; of questions, `answered` ones that are trained on. None: not on this machine."""
     try:
-        return open_split(recipe, recipe.data.train_split)
+        if answered and recipe.targets.answers is not None:
+            return open_training_samples(recipe, Processor.load(recipe.processor_dir, recipe.data))
+        return open_every(recipe)
     except UserError as error:
         print(f"without the data set: {error}")
         return []
@@ -144,11 +155,23 @@ def _stats(recipe: Recipe, options: argparse.Namespace) -> int:
     print(f"tokens by {'ids drawn' if sampled else 'mass of the kept entries'}:")
     _print_histogram(edges.tolist(), histogram / max(tokens, 1))
     data = _data(recipe)
+    if "answers" in kinds_of(store.identity):
+        _print_answers(AnswerStore.open(recipe.store_url, None))
     if data:
         missing = store.missing(sample_ids(data))
         print(f"coverage               {len(data) - len(missing)} of {len(data)} samples of the training split")
         print(f"beyond it              {len(store) - len(data) + len(missing)} samples")
     return 0
+
+
+def _print_answers(store: AnswerStore) -> None:
+    answers = [store.read(sample_id) for sample_id in store.sample_ids]
+    left_out = Counter(why for answer in answers if (why := answer.left_out(0.0)) is not None)
+    certain = torch.tensor([answer.certainty for answer in answers if answer.left_out(0.0) is None])
+    unusable = "".join(f", {count} {why}" for why, count in sorted(left_out.items()))
+    print(f"answers of the teacher {len(answers)}{unusable}; the others by certainty:")
+    counts = torch.bincount(torch.bucketize(certain, torch.tensor(_CERTAINTY_EDGES), right=True), minlength=6)
+    _print_histogram(_CERTAINTY_EDGES, counts / max(len(certain), 1))
 
 
 def _print_histogram(edges: Sequence[float], shares: torch.Tensor) -> None:
@@ -170,7 +193,8 @@ def _export(recipe: Recipe, options: argparse.Namespace) -> int:
     if options.out is None:
         raise ConfigError("export: name a folder with --out DIR. Nothing was written.")
     store = SoftTargetStore.open(recipe.store_url, None)
-    files = export_parquet(store, options.out, {sample.sample_id: sample for sample in _data(recipe)})
+    data = {sample.sample_id: sample for sample in _data(recipe, answered=True)}
+    files = export_parquet(store, options.out, data)
     print(f"{options.out}: {len(store)} samples in {len(files)} Parquet file(s), read back and compared")
     return 0
 

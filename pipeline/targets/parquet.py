@@ -77,7 +77,8 @@ def _table(
 
 
 def _lists(parts: Sequence[NDArray[Any]]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(_offsets(parts), pa.array(np.concatenate(parts)))
+    values = np.concatenate(parts) if parts else np.zeros(0, np.int32)  # none: all samples of a shard were left out
+    return pa.ListArray.from_arrays(_offsets(parts), pa.array(values))
 
 
 def _lists_of_lists(parts: Sequence[Sequence[NDArray[Any]]]) -> pa.ListArray:

@@ -16,6 +16,7 @@ from pipeline.data.collate import IGNORED, Batch
 from pipeline.errors import StoreError
 from pipeline.method.features import HiddenStates, find_places, gather
 from pipeline.recipe import SketchConfig, TargetsConfig
+from pipeline.targets.answers import Answer
 from pipeline.targets.codecs import CODECS, make_spec
 from pipeline.targets.sketches import Sketch, projection
 from pipeline.targets.soft_targets import SoftTargets, concatenate, draw_offsets
@@ -36,6 +37,8 @@ class Outputs:
     """Answer tokens that were left out to fit `data.max_length`."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Samples that could not be encoded, and why: they have targets of no token."""
+    answers: dict[str, Answer] = field(default_factory=dict)
+    """The teacher's own, to the questions among the samples."""
 
     def add(self, other: "Outputs") -> None:
         """Take in what another forward gave, for other samples."""
@@ -43,6 +46,7 @@ class Outputs:
         self.sketches.update(other.sketches)
         self.cut_tokens += other.cut_tokens
         self.left_out.update(other.left_out)
+        self.answers.update(other.answers)
 
 
 @torch.no_grad()

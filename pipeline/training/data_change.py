@@ -16,6 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.data.index.samples import sample_ids
+from pipeline.data.index.tables import ANSWERS
 from pipeline.data.sample import Sample
 from pipeline.errors import CheckpointError
 from pipeline.files import replacing
@@ -38,7 +39,7 @@ class TrainingData:
     samples: Sequence[Sample]
     """All of them, those held out too."""
     fingerprint: str
-    """Of their ids in order."""
+    """Of their ids in order, and of the teacher's answers; see `tables.Ordered`."""
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint's JSON."""
@@ -88,7 +89,9 @@ class DataChange:
         before = len(self.before_B)
         now = before + self.added - len(self.removed)
         counts = f"{self.added:,} added, {len(self.removed):,} removed"
-        if now == before:
+        if not self.added and not len(self.removed):
+            lines = [f"samples: the {now:,} of the checkpoint, but the teacher's answers to the pool are others"]
+        elif now == before:
             lines = [f"samples: as many as in the checkpoint ({now:,}), but {self.added:,} are others ({counts})"]
         else:
             lines = [f"samples: checkpoint {before:,}, now {now:,} ({counts})"]
@@ -101,6 +104,8 @@ class DataChange:
         """What is kept of it, as of a changed setting."""
         before, gone = len(self.before_B), len(self.removed)
         now = before + self.added - gone
+        if not self.added and not gone:
+            return {"setting": "the teacher's answers", "before": "as in the checkpoint", "after": "others"}
         return {"setting": "samples", "before": before, "after": now, "added": self.added, "removed": gone}
 
     def place_in_table(self, held_out: Sequence[str]) -> Indices:
@@ -177,7 +182,12 @@ def _text(raw: bytes) -> str:
 
 
 def _path(job_dir: Path, fingerprint: str) -> Path:
-    return job_dir / FOLDER / f"{fingerprint}{SUFFIX}"
+    return job_dir / FOLDER / f"{_of_ids(fingerprint)}{SUFFIX}"
+
+
+def _of_ids(fingerprint: str) -> str:
+    """Without the part that is of the teacher's answers."""
+    return fingerprint.partition(ANSWERS)[0]
 
 
 def _verify(path: Path, fingerprint: str, count: int) -> None:
@@ -195,7 +205,7 @@ def _verify(path: Path, fingerprint: str, count: int) -> None:
                 digest.update(block.hex("\n", _BYTES) + "\n")  # as `dataset_fingerprint`: a line each
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}. {way_out}") from None
-    if digest.hexdigest() != fingerprint:
+    if digest.hexdigest() != _of_ids(fingerprint):
         raise CheckpointError(f"{path}: damaged: its ids are not those of its name. {way_out}")
 
 

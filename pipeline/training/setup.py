@@ -10,7 +10,6 @@ import torch.distributed as dist
 from pipeline.benchmark.word_alignment import CellWords, VisionProbe
 from pipeline.data.processor import Processor
 from pipeline.data.sample import Sample
-from pipeline.data.splits import open_training_split
 from pipeline.export import stage as export
 from pipeline.method import features
 from pipeline.method.fused_head import FusedHead
@@ -24,6 +23,7 @@ from pipeline.models.families import moe_layers
 from pipeline.models.router import RouterProbe
 from pipeline.recipe import CurriculumConfig, JobConfig, Recipe
 from pipeline.targets.identity import dataset_fingerprint
+from pipeline.targets.pool import open_training_samples
 from pipeline.training import engine
 from pipeline.training.data_change import TrainingData
 from pipeline.training.distillation import Distillation
@@ -92,7 +92,7 @@ def set_up(recipe: Recipe, name: str, job: JobConfig, ds_json: dict[str, Any]) -
         UserError: data, teacher's files, model or settings are missing, broken or do not fit each other.
     """
     processor = Processor.load(recipe.processor_dir, recipe.data)
-    split = from_first_rank(lambda: open_training_split(recipe))
+    split = from_first_rank(lambda: open_training_samples(recipe, processor, name))
     data = TrainingData(split, dataset_fingerprint(split))
     # An adaptive release holds some samples out.
     distillation = Distillation.open(recipe, name, job, processor, data)

@@ -67,8 +67,9 @@ def identity_digest(identity: Mapping[str, Any]) -> str:
 
 
 def kinds_of(identity: Mapping[str, Any]) -> tuple[Kind, ...]:
-    """Kinds of records, and so of files, that each shard of a store has."""
-    return ("targets", "sketches") if "sketch_layer" in identity else ("targets",)
+    """Kinds of records, and so of files, that each shard of a store has; the soft targets are written last."""
+    optional: dict[Kind, str] = {"sketches": "sketch_layer", "answers": "answers_samples"}
+    return ("targets", *(kind for kind, setting in optional.items() if setting in identity))
 
 
 def read_parts(folder: Folder) -> list[dict[str, Any]]:

@@ -26,8 +26,9 @@ from pipeline.targets.container.sealed import DamagedError, sealed_json, unseale
 FORMAT_VERSION = 3
 
 Bytes = NDArray[np.uint8]
-Kind = Literal["targets", "sketches"]
-"""Soft targets (one row per answer token), or feature sketches (one row per image cell and answer token)."""
+Kind = Literal["targets", "sketches", "answers"]
+"""Soft targets (one row per answer token), feature sketches (one row per image cell and answer token), or the teacher's
+own answers, of the samples whose records have none (one row per token)."""
 _OPENERS = 16
 """Shards opened at the same time: an object store answers slowly, but many at once."""
 

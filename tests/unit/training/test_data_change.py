@@ -132,6 +132,19 @@ def test_as_many_but_other_samples_are_a_change(tmp_path):
     assert "samples: as many as in the checkpoint (20), but 1 are others (1 added, 1 removed)" in said
 
 
+def test_other_answers_of_the_teacher_to_the_same_questions_are_a_change(tmp_path):
+    ids = hexes(20)
+    plain = data_of(ids)
+    before, now = (TrainingData(plain.samples, f"{plain.fingerprint}-{answers}") for answers in ("aa", "bb"))
+    before.keep_ids(tmp_path)
+    assert data_change.change(tmp_path, before.state_dict(), before, before.samples, ()) is None
+    moved = data_change.change(tmp_path, before.state_dict(), now, now.samples, ())
+    said = refusal(tmp_path, moved, ids)
+    assert "samples: the 20 of the checkpoint, but the teacher's answers to the pool are others" in said
+    assert (moved.added, len(moved.removed), moved.place_M.tolist()) == (0, 0, list(range(20)))
+    assert moved.record()["setting"] == "the teacher's answers"
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "other"])
 def test_ids_that_are_not_those_of_the_checkpoint_are_refused(tmp_path, damage):
     every = hexes(20)
