@@ -133,7 +133,8 @@ def _needs(recipe: Recipe, kind: str, which: str, names: list[str]) -> list[str]
         return ["teacher"]
     if kind == "train":
         job = recipe.jobs[which]
-        return [*data, *_maker(job.init), *(["hardness"] if job.distill or job.curriculum else [])]
+        below = ["hardness"] if job.distill or job.curriculum else ["teacher"] if recipe.needs_answers(which) else []
+        return [*data, *_maker(job.init), *below]
     if kind == "evaluate":
         return [*data, *dict.fromkeys(name for row in recipe.evaluation.rows for name in _maker(row.model))]
     if kind == "export":

@@ -45,7 +45,8 @@ def plan(
     """The commands that make everything the recipe names, in order of need.
 
     Jobs run in the recipe's order; a job's starting model is built first, and before the first job that
-    distils (or orders by hardness) the teacher pass and the hardness table are made.
+    distils (or orders by hardness) the teacher pass and the hardness table are made; the pass alone before one that
+    trains on the teacher's answers.
     """
     launched = (sys.executable, "-m")
     # torchrun, because the ranks of the deepspeed launcher go on when it is killed. torchrun passes signals on to every
@@ -67,9 +68,10 @@ def plan(
         if recipe.is_made(job.init):
             model = Reference.parse(job.init).name
             add(f"model {model}", command("student", "--model", model))
-        if job.distill or job.curriculum:
+        if job.distill or job.curriculum or recipe.needs_answers(name):
             workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
             add("teacher", *workers, processes=ranks)
+        if job.distill or job.curriculum:
             add("hardness", command("hardness"))
         options = ("--deepspeed_config", str(ds_config), f"job={name}", *train_options)
         add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)

@@ -27,7 +27,6 @@ from pipeline.benchmark import random_models
 from pipeline.cluster.plan_topology import show_topology
 from pipeline.data import processor_folder
 from pipeline.data.processor import Processor
-from pipeline.data.splits import open_split
 from pipeline.errors import ConfigError, UserError
 from pipeline.files import write_json
 from pipeline.models import deepspeed_config, families, loading, topology, upcycling
@@ -38,6 +37,7 @@ from pipeline.models.loading import freeze
 from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import JobConfig, Recipe, Reference
 from pipeline.targets import codecs
+from pipeline.targets.pool import open_every
 
 GIB = 2**30
 
@@ -243,7 +243,7 @@ def count_samples(recipe: Recipe, given: int | None) -> int | None:
     if given is not None:
         return given
     try:
-        return len(open_split(recipe, recipe.data.train_split))
+        return len(open_every(recipe))
     except (UserError, OSError):
         return None
 

@@ -137,12 +137,15 @@ def _shards(recipe: Recipe) -> str:
     """Committed and planned shards of the store."""
     from pipeline.targets.container.folders import folder_at
     from pipeline.targets.container.manifest import read_parts
-    from pipeline.targets.container.shards import committed_shards
+    from pipeline.targets.container.sealed import unsealed_json
+    from pipeline.targets.container.shards import commit_name, committed_shards
 
     folder = folder_at(recipe.store_url)
     try:
         planned = sum(math.ceil(len(part["sample_ids"]) / part["shard_samples"]) for part in read_parts(folder))
-        return f"{len(committed_shards(folder, 'targets'))}/{planned} shards"
+        done, asks = committed_shards(folder, "targets"), recipe.targets.answers is not None
+        answered = sum(unsealed_json(folder, commit_name(shard, "answers"))["samples"] for shard in done) if asks else 0
+        return f"{len(done)}/{planned} shards" + (f", {answered:,} questions answered" if asks else "")
     except (OSError, UserError):
         return ""
 

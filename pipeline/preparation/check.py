@@ -122,7 +122,9 @@ def _check_processors(recipe: Recipe, processor: Processor, found: Findings) -> 
 def _check_data(recipe: Recipe, processor: Processor | None, found: Findings, *, decode: bool) -> None:
     """Every split that is there, record by record."""
     data = recipe.data
-    wanted = {data.train_split: bool(recipe.jobs), data.val_split: False, data.test_split: bool(recipe.evaluation.rows)}
+    pool = {data.pool_split: True} if data.pool_split and recipe.targets.answers else {}
+    wanted = {data.train_split: bool(recipe.jobs), **pool, data.val_split: False}
+    wanted[data.test_split] = bool(recipe.evaluation.rows)
     for name, needed in wanted.items():
         try:
             samples = open_split(recipe, name, look_at_images=True)
@@ -135,6 +137,11 @@ def _check_data(recipe: Recipe, processor: Processor | None, found: Findings, *,
             continue
         if processor is not None:
             split = found.splits[name] = check_split(recipe, name, samples, processor, decode=decode)
+            if name in pool and split.questions < len(samples):
+                found.wrong.append(
+                    f"data.pool_split {name}: {len(samples) - split.questions:,} record(s) have an answer: move them "
+                    "to data.train_split"
+                )
             (found.surprising if data.bad_samples == "skip" else found.wrong).extend(split.problem_lines())
             found.surprising += split.surprises(recipe)
 

@@ -30,12 +30,14 @@ def costs(
     lines, written = [], 0
     split = splits.get(recipe.data.train_split)
     teacher = models.get(recipe.targets.teacher or "")
+    asked = splits.get(recipe.data.pool_split or "")
     if teacher and split:
-        size = _store_bytes(recipe, teacher, split)
+        read = [split, asked] if asked else [split]
+        size, tokens = sum(_store_bytes(recipe, teacher, each) for each in read), sum(map(_tokens, read))
         written += size if "://" not in recipe.store_url else 0
         weights = teacher.parameters * (2 if recipe.targets.dtype == "bfloat16" else 4)
         lines.append(
-            f"teacher: {_tokens(split):,} answer tokens, a store of about {size / 1e9:.2f} GB; "
+            f"teacher: {tokens:,} answer tokens, a store of about {size / 1e9:.2f} GB; "
             f"{weights / GIB:.1f} GiB of weights a worker, and a forward of {recipe.targets.batch_size} samples"
         )
     for name, job in recipe.jobs.items():
@@ -86,9 +88,9 @@ def _training(
 
 
 def _tokens(split: SplitCheck) -> int:
-    """Answer tokens of the split, from the mean of the measured samples."""
-    rows = split.lengths.rows
-    return round(sum(row.answer for row in rows) / max(len(rows), 1) * split.lengths.samples)
+    """Answer tokens of the split, from the mean of the measured answers: those of the teacher are taken to be alike."""
+    known = [row.answer for row in split.lengths.rows if row.answer]
+    return round(sum(known) / max(len(known), 1) * split.lengths.samples)
 
 
 def _store_bytes(recipe: Recipe, teacher: ModelFacts, split: SplitCheck) -> int:

@@ -53,6 +53,8 @@ class Lengths:
     """Samples that are measured, twice that at the most."""
     samples: int = 0
     words: Counter[tuple[str, str]] = field(default_factory=Counter)
+    questions: int = 0
+    """Samples without an answer."""
     rows: list[Length] = field(default_factory=list)
     _stride: int = 1
 
@@ -65,14 +67,19 @@ class Lengths:
         due = self.due()
         self.samples += 1
         self.words[sample.task, sample.slice] += 1
+        self.questions += not sample.answer.strip()
         if due and length is not None:
             self.rows.append(length)
         if len(self.rows) >= 2 * self.most:  # every other one, from here on and of those behind
             self.rows, self._stride = self.rows[::2], 2 * self._stride
 
     def quantile(self, what: str, share: float) -> int:
-        """The value that `share` of all stay at or below; of `tokens` or `answer`, or over all images of `pixels`."""
-        values = np.array([value for row in self.rows for value in np.atleast_1d(getattr(row, what))])
+        """The value that `share` of all stay at or below; of `tokens` or `answer`, or over all images of `pixels`.
+
+        Samples without an answer say nothing of answers.
+        """
+        rows = [row for row in self.rows if row.answer] if what == "answer" else self.rows
+        values = np.array([value for row in rows for value in np.atleast_1d(getattr(row, what))])
         return int(np.quantile(values, share, method="inverted_cdf")) if len(values) else 0
 
 

@@ -18,12 +18,14 @@ from pipeline.files import listed, write_text
 from pipeline.models.compatibility import check_own_files
 from pipeline.preparation.data_facts import Length, Lengths, detect, header_size, length_of
 from pipeline.preparation.model_facts import TRAINED_HERE, ModelFacts, collected, model_facts
-from pipeline.recipe import DataConfig, load_recipe
+from pipeline.recipe import AnswersConfig, DataConfig, load_recipe
 
 LOOKED_AT = 400
 """Samples that are measured, up to twice as many; all are counted."""
 EPOCHS, GLOBAL_SIZE = 3, 64
 PIXELS_OF_A_TOKEN = 32 * 32
+LONGEST_ANSWER = AnswersConfig().max_new_tokens
+"""Where no record has an answer to go by."""
 TEMPLATE = "recipe.yaml.j2"
 
 
@@ -45,7 +47,8 @@ def main(recipe: None, options: argparse.Namespace) -> None:
     lengths: Lengths = values["lengths"]
     print(f"teacher  {teacher.folder}: {teacher}\nstudent  {student.folder}: {student}")
     splits = ", ".join(f"{name} {found}" for name, found in values["splits"].items() if found is not None)
-    print(f"data     {values['root']}: {values['format']}, {splits}; {lengths.samples:,} samples to train on")
+    asked = f", {lengths.questions:,} of them for the teacher to answer" if lengths.questions else ""
+    print(f"data     {values['root']}: {values['format']}, {splits}; {lengths.samples:,} samples to train on{asked}")
     print(f"{out}: written. Next: `clkd check {out}`")
 
 
@@ -76,7 +79,7 @@ def _values(
     max_pixels = min(defaults.max_pixels, largest)
     # Small images are not blown up: that would cost tokens and show nothing more.
     smallest = max(PIXELS_OF_A_TOKEN, lengths.quantile("pixels", 0.0) // PIXELS_OF_A_TOKEN * PIXELS_OF_A_TOKEN)
-    longest = lengths.quantile("tokens", 1.0)
+    longest, longest_answer = lengths.quantile("tokens", 1.0), lengths.quantile("answer", 1.0)
     steps = max(1, math.ceil(EPOCHS * lengths.samples / GLOBAL_SIZE))
     return {
         "date": date.today().isoformat(),
@@ -91,7 +94,7 @@ def _values(
         "min_pixels": min(defaults.min_pixels, smallest),
         # A quarter above the longest of those looked at: `clkd check` looks at all.
         "max_length": min(_rounded(math.ceil(1.25 * longest), 256), student.positions, teacher.positions),
-        "max_new_tokens": max(128, _rounded(2 * lengths.quantile("answer", 1.0), 64)),
+        "max_new_tokens": max(128, _rounded(2 * longest_answer, 64)) if longest_answer else LONGEST_ANSWER,
         "upcycled": student.can_be_upcycled,
         "teacher_dtype": "float32" if teacher.dtype == "float32" else "bfloat16",
         "epochs": EPOCHS,

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.chain import chain
 from pipeline.cluster.local import Stage, choose_ranks, environment, fitting, one_of_many, plan, run, visible_gpus
 from pipeline.errors import UserError
 from pipeline.models.topology import read_deepspeed_config
@@ -27,6 +28,17 @@ def test_what_a_stage_needs_comes_before_it():
     ):  # fmt: skip
         assert order.index(before) < order.index(after)
     assert len(order) == len(set(order))
+
+
+def test_a_job_without_a_teacher_of_its_own_waits_for_the_teachers_answers_too():
+    """But for the job that the teacher comes from, which has nobody to wait for."""
+    answering = load_recipe(DEMO, ["targets.answers={}"])
+    plain = [name for name, job in answering.jobs.items() if not job.distill and not job.curriculum]
+    sft, order = next(name for name in plain if name != "teacher"), names(answering)
+    assert order.index("train teacher") < order.index("teacher") < order.index(f"train {sft}")
+    stages = {stage.name: stage for stage in chain(answering)}
+    assert "teacher" in stages[f"train {sft}"].needs and "teacher" not in stages["train teacher"].needs
+    assert "teacher" not in {stage.name: stage for stage in chain(load_recipe(DEMO))}[f"train {sft}"].needs
 
 
 def test_own_data_and_models_skip_what_they_bring():

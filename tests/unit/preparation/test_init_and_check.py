@@ -1,6 +1,7 @@
 """`clkd init` on two model folders and a data folder, and `clkd check` on what it wrote, whole and broken."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,41 @@ def test_what_init_wrote_passes_the_check(recipe: Path, capsys: Any) -> None:
     ):  # fmt: skip
         assert part in said
     assert "one slice only" in said and "\nwrong" not in said
+
+
+def answer_tokens(said: str) -> int:
+    """Of the teacher pass, as `check` estimates them."""
+    found = re.search(r"teacher: ([\d,]+) answer tokens", said)
+    assert found is not None
+    return int(found.group(1).replace(",", ""))
+
+
+def test_questions_without_an_answer_are_for_the_teacher(folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """`init` says so in the recipe, and `check` counts them; without the setting each is wrong."""
+    shutil.copytree(folders / "data", tmp_path / "data")
+    asked = [{"from": "human", "value": f"<image>\nWhat is {i} m ahead?"} for i in range(8)]
+    questions = [json.dumps({"image": "front.jpg", "conversations": [turn]}) for turn in asked]
+    with (tmp_path / "data" / "train.jsonl").open("a") as file:
+        file.write("\n" + "\n".join(questions))
+    out = tmp_path / "recipe.yaml"
+    init(folders, out, data=tmp_path / "data")
+    assert "48 samples to train on, 8 of them for the teacher to answer" in capsys.readouterr().out
+    answers = load_recipe(out).targets.answers
+    assert answers is not None and answers.max_new_tokens == 128 and "# 8 samples have no answer" in out.read_text()
+    words = ["check", str(out), f"run.dir={tmp_path / 'run'}", "--no-images"]
+    assert clkd(words) == 0
+    said = capsys.readouterr().out
+    assert "train: 48 samples of 1 images, 8 of them for the teacher to answer" in said
+    tokens = answer_tokens(said)
+    assert clkd([*words, "data.max_length=1100"]) == 0
+    assert "8 question(s) leave less than targets.answers.max_new_tokens" in capsys.readouterr().out
+    assert clkd([*words, "targets.answers=null"]) == 2
+    assert capsys.readouterr().out.count("its answer is empty") == 8
+    (tmp_path / "data" / "pool.jsonl").write_text("\n".join([*questions[:2], record(7)]))
+    assert clkd([*words, "data.pool_split=pool"]) == 2
+    said = capsys.readouterr().out
+    assert "data.pool_split pool: 1 record(s) have an answer" in said
+    assert answer_tokens(said) > tokens
 
 
 def test_the_check_names_everything_at_once(recipe: Path, capsys: Any) -> None:
