@@ -184,11 +184,11 @@ def relaxed_by_hand(table, step, half_life):
     values = []
     for d, p, t, stratum in rows:
         peers = [r for r in rows if r[3] == stratum]
-        moved = [a - b for a, b, last, _ in peers if last >= 0]
-        shift = sum(moved) / max(len(moved), 1)
-        mean = np.mean([a if last >= 0 else b + shift for a, b, last, _ in peers])
+        scored = [(a, b) for a, b, last, _ in peers if last >= 0]
+        ratio = sum(a for a, _ in scored) / sum(b for _, b in scored) if scored else 1.0
+        mean = np.mean([a if last >= 0 else b * ratio for a, b, last, _ in peers])
         keep = 0.5 ** ((step - t) / half_life) if t >= 0 else 1.0
-        values.append(keep * d + (1 - keep) * mean if t >= 0 else p + shift)
+        values.append(keep * d + (1 - keep) * mean if t >= 0 else p * ratio)
     return values
 
 
@@ -234,12 +234,12 @@ def test_equals_share_a_percentile():
 
 
 def test_seen_easy_samples_do_not_outrank_unseen_hard_ones_while_the_student_is_weak():
-    """A novice scores 1 above every prior; what the prior ranks last must not become "easy" by not being visited."""
+    """A novice scores 4 times every prior; what the prior ranks last must not become "easy" by not being visited."""
     table = make_table(num_samples=200, strata=("all",))
     before = table.percentile(step=0, half_life_steps=FOREVER)
     easy = np.flatnonzero(before <= 0.3)
-    table.update(easy, table.prior[easy] + 1, 1, ema=0.7)
-    assert table.difficulty[easy].min() > np.median(table.difficulty)  # raw values do mislead
+    table.update(easy, 4 * table.prior[easy], 1, ema=0.7)
+    assert table.difficulty[easy].max() > table.difficulty.max() - 0.1  # raw values do mislead
     after = table.percentile(step=1, half_life_steps=FOREVER)
     assert np.abs(after - before).max() < 0.02
     assert np.array_equal(table.prior, make_table(num_samples=200).prior)
@@ -284,7 +284,7 @@ def test_a_checkpoint_of_another_data_set_is_refused():
 
 def test_missing_and_broken_tables_say_what_to_do(tmp_path):
     path = tmp_path / "hardness.parquet"
-    with pytest.raises(UserError, match=r"no hardness table. Make it with `clkd hardness`"):
+    with pytest.raises(UserError, match=r"no hardness table. Make it with `clkd hardness RECIPE.yaml`"):
         HardnessTable.load(path)
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(UserError, match="not a hardness table"):

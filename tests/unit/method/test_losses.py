@@ -9,7 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from pipeline.method.losses import (
     WeightNormaliser,
     balance_loss,
-    chased_hardness,
+    chased_nats,
     cross_entropy_per_token,
     distillation_loss,
     learnability_gate,
@@ -494,7 +494,16 @@ def test_hardness_counts_until_the_teacher_is_clearly_wrong():
     """A teacher worse by 2 s nats or less changes nothing, one worse by 12 takes all away."""
     worse = torch.tensor([-20.0, 0.0, 1.9, 4.0, 12.0])
     gate = learnability_gate(torch.zeros(5), worse * 0.5, scale=0.5)
-    counted = chased_hardness(torch.full((5,), 0.8), gate)
+    counted = chased_nats(torch.full((5,), 0.8), gate)
     assert counted[:3].tolist() == pytest.approx([0.8] * 3)
     assert counted[3:].tolist() == pytest.approx([1.6 / (1 + math.exp(2)), 0.0], abs=1e-4)
-    assert chased_hardness(torch.tensor([0.3]), None).tolist() == pytest.approx([0.3])
+
+
+def test_hardness_is_the_kl_in_nats_up_to_a_bound():
+    """Against torch's own on full distributions; a negative estimate is no hardness."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (torch.randn(40, 30, generator=generator) * 6 for _ in range(2))
+    kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    assert float(kl.min()) < 6 < float(kl.max())
+    torch.testing.assert_close(chased_nats(kl, None), kl.clamp(max=6))
+    assert chased_nats(torch.tensor([-0.3, 0.3, 70.0]), None).tolist() == pytest.approx([0.0, 0.3, 6.0])

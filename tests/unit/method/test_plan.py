@@ -14,7 +14,7 @@ def make_table(seed=0):
     return HardnessTable([f"{i:04d}" for i in range(COUNT)], ["a" if i % 3 else "b" for i in range(COUNT)], prior)
 
 
-MOVING = CurriculumConfig(window_steps=WINDOW, competence_start=0.3, competence_until=0.5, tilt=(-1.0, 1.0))
+MOVING = CurriculumConfig(window_steps=WINDOW, competence_start=0.3, competence_until=0.5, gamma=1.0)
 
 
 def make_plan(settings=MOVING):
@@ -124,7 +124,7 @@ def test_the_rest_of_a_window_is_planned_from_its_step_on(step):
 
 def test_the_rest_of_a_window_does_not_draw_the_same_samples_first():
     """Nothing is known of any sample: with the window's own random numbers both would begin alike."""
-    table, flat = make_table(), CurriculumConfig(window_steps=WINDOW, competence_start=1.0, tilt=(0.0, 0.0))
+    table, flat = make_table(), CurriculumConfig(window_steps=WINDOW, gamma=0.0, visit_penalty=0.0)
     whole, rest = make_plan(flat), make_plan(flat)
     whole.refresh(4, 1.0, make_table())
     rest.refresh(5, 1.0, table)

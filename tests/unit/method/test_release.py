@@ -17,7 +17,8 @@ WHOLE = {"alpha_end": 0.0, "release_from": 0.2, "release_to": 0.9}
 
 def alphas(tau, percentile=(0.0,), gap=None, **changes):
     percentile_G = np.array(percentile, np.float32)
-    return release_alpha(tau, percentile_G, DistillConfig(**WHOLE | changes), gap).tolist()
+    labelled_G = np.zeros(len(percentile_G), bool)
+    return release_alpha(tau, percentile_G, labelled_G, DistillConfig(**WHOLE | changes), gap).tolist()
 
 
 def closing(*gaps, every=0.1, start=0.0, ema=0.0):
@@ -29,6 +30,15 @@ def closing(*gaps, every=0.1, start=0.0, ema=0.0):
 
 
 HALVING = closing(1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [0.0, 0.4, 0.97, 1.0])
+def test_samples_of_the_pool_keep_the_teacher(shape, tau):
+    settings, percentile_G = DistillConfig(**WHOLE, release=shape), np.array([0.1, 0.1, 0.9, 0.9], np.float32)
+    found = release_alpha(tau, percentile_G, np.array([True, False, True, False]), settings, HALVING)
+    assert found[[0, 2]].tolist() == pytest.approx([0.9, 0.9])
+    assert found[[1, 3]].tolist() == pytest.approx(alphas(tau, (0.1, 0.9), HALVING, release=shape))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ DEMO = str(RECIPES / "demo.yaml")
 BUDGET = 9600
 """Samples of every job here."""
 PERCENTILES = np.linspace(0, 1, 7, dtype=np.float32)
+LABELLED = np.zeros(7, bool)
 
 
 def schedules(batch, *, distill=None, curriculum=None):
@@ -30,8 +31,8 @@ def test_another_batch_size_keeps_the_curves_over_samples(release, batch):
         assert one.tau(earlier) == other.tau(step)
         assert one.competence(earlier) == other.competence(step)
         assert one.token_beta(earlier) == other.token_beta(step)
-        assert one.sample_beta(earlier) == other.sample_beta(step)
-        assert np.array_equal(one.alpha(earlier, PERCENTILES), other.alpha(step, PERCENTILES))
+        alphas = (of.alpha(at, PERCENTILES, LABELLED) for of, at in ((one, earlier), (other, step)))
+        assert np.array_equal(*alphas)
 
 
 def test_the_gap_is_measured_after_the_same_samples_from_t0_to_t1():
@@ -48,12 +49,23 @@ def test_schedules_read_the_jobs_own_settings():
     assert job.competence(300) == pytest.approx(competence(0.25, 0.4, 0.8))
     assert [job.token_beta(0), job.token_beta(1199)] == pytest.approx([-0.5, 0.25])
     assert job.feature_beta(0) == 0
-    assert [job.sample_beta(0), job.sample_beta(1199)] == pytest.approx([0.0, 0.5])  # the default
     features = {"student_layer": 2, "tilt": (0.5, 2.0)}
     job = schedules(8, distill={"token_tilt": (0, 0), "features": features}, curriculum={"competence_start": 0.4})
     assert [job.feature_beta(0), job.feature_beta(1199), job.token_beta(600)] == pytest.approx([0.5, 2.0, 0.0])
     without = schedules(8)
-    assert without.token_beta(0) == without.sample_beta(0) == 0 and without.alpha(0, PERCENTILES).tolist() == [0.0] * 7
+    assert without.token_beta(0) == 0 and without.alpha(0, PERCENTILES, LABELLED).tolist() == [0.0] * 7
+
+
+def test_the_teachers_share_of_the_pool_stays_for_features_too():
+    """There is nothing better to release a sample to whose label is the teacher's own."""
+    features = {"student_layer": 2, "release_to": 0.6}
+    job = schedules(8, distill={"alpha_start": 0.8, "alpha_end": 0.1, "features": features})
+    pool = np.array([True, False] * 3 + [True])
+    for alpha in (job.alpha, job.feature_alpha):
+        last = alpha(1199, PERCENTILES, pool)
+        assert last[pool].tolist() == pytest.approx([0.8] * 4) and last[~pool].tolist() == pytest.approx([0.1] * 3)
+        first = alpha(0, PERCENTILES, pool)
+        assert first.tolist() == pytest.approx([0.8] * 7)
 
 
 def test_the_tool_prints_and_draws_the_demos_schedules(tmp_path, capsys):

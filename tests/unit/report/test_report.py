@@ -24,7 +24,7 @@ from pipeline.evaluation.bars import bars, gaps_closed
 from pipeline.evaluation.intervals import Resamples, interval
 from pipeline.evaluation.metrics import METRICS, score_all, score_together
 from pipeline.evaluation.results import Row
-from pipeline.method.curriculum import competence, tilt
+from pipeline.method.curriculum import competence
 from pipeline.method.hardness import HardnessTable
 from pipeline.method.release import release_alpha
 from pipeline.recipe import EvaluationConfig, ScenesConfig, load_recipe
@@ -137,7 +137,7 @@ def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
         for step in range(5, STEPS + 1, 5):
             tau = step / STEPS
             percentile_G = np.array([0.5, 0.0, 1.0], np.float32)
-            alpha, most, least = release_alpha(tau, percentile_G, distill).tolist() if distill else (0.0, 0.0, 0.0)
+            alpha, most, least = release_alpha(tau, percentile_G, np.zeros(3, bool), distill).tolist() if distill else (0.0, 0.0, 0.0)
             ce = 0.9 * np.exp(-3 * tau) + 0.35 - 0.02 * seed + 0.03 * rng.random()
             kl = 0.6 * np.exp(-2 * tau) + 0.03 * rng.random() if alpha else 0.0
             values = {
@@ -149,7 +149,7 @@ def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
                 "alpha_min": min(most, least),
                 "alpha_max": max(most, least),
                 "targets_read": 16.0 * (alpha > 0),
-                "sample_beta": tilt(competence(tau, 0.3, 0.5), 0.3, (-1.0, 1.0)) if name == "clkd" else 0.0,
+                "retired": 40 * tau if name == "clkd" else 0,
                 "competence": competence(tau, 0.3, 0.5) if name == "clkd" else 1.0,
                 "token_hardness": np.sqrt(1 - np.exp(-kl)),
             }

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pickle
 import shutil
-import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -385,14 +384,3 @@ def test_nothing_is_written_again_where_nothing_has_changed(finished):
     run_pass(finished)
     opened(finished)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_what_a_rank_holds_does_not_grow_with_the_samples(finished):
-    samples = opened(finished)
-    content = pickle.dumps(samples)
-    tracemalloc.start()
-    again = pickle.loads(content)
-    assert again[0].answer and from_pool(again).any()
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held < 100_000
