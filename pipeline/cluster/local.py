@@ -72,12 +72,8 @@ def plan(
             workers = [command("teacher", "--worker", str(i), "--workers", str(ranks)) for i in range(ranks)]
             add("teacher", *workers, processes=ranks)
         if job.distill or job.curriculum:
-<<<<<<< HEAD
             table = hardness_stage(recipe, name)
             add(table, command("hardness", *([f"job={table.partition(' ')[2]}"] if " " in table else [])))
-=======
-            add("hardness", command("hardness"))
->>>>>>> pool
         options = ("--deepspeed_config", str(ds_config), f"job={name}", *train_options)
         add(f"train {name}", command("train", *options, launcher=torchrun), processes=ranks)
     if recipe.evaluation.rows:

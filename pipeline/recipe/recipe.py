@@ -160,11 +160,7 @@ class Recipe(Section):
 
     def needs_answers(self, job: str) -> bool:
         """Whether a job trains on the teacher's own answers, if there are questions without any."""
-<<<<<<< HEAD
         return self.targets.answers is not None and self.jobs[job].pool and not self.makes_the_teacher(job)
-=======
-        return self.targets.answers is not None and not self.makes_the_teacher(job)
->>>>>>> pool
 
     def origin(self, ref: str) -> Path | None:
         """Checkpoint folder from outside the run that a model goes back to; None: it goes back to random weights."""

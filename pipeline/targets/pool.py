@@ -77,11 +77,8 @@ def open_training_samples(recipe: Recipe, processor: Processor, job: str | None 
         StoreError: the teacher has not answered all questions, or the store is of another run or damaged.
     """
     settings = recipe.targets.answers
-<<<<<<< HEAD
     if job is not None and not recipe.jobs[job].pool:
         return _labelled(recipe, job)
-=======
->>>>>>> pool
     if settings is None:
         return open_training_split(recipe)
     if job is not None and recipe.makes_the_teacher(job):
@@ -139,12 +136,7 @@ def _labelled(recipe: Recipe, job: str) -> Index:
     where = f"{recipe.data_root}, split {recipe.data.train_split!r}"
     if not len(places):
         raise DataError(
-<<<<<<< HEAD
-            f"{where}: no record has an answer, and job {job!r} trains on labelled records alone. "
-=======
-            f"{where}: no record has an answer, and job {job!r}, which the teacher comes from, needs some. "
->>>>>>> pool
-            "Nothing was started."
+            f"{where}: no record has an answer, and job {job!r} trains on labelled records alone. Nothing was started."
         )
     if len(places) == len(samples):
         return samples

@@ -137,7 +137,9 @@ def write_metrics(job_dir: Path, name: str, distill: object, seed: int) -> None:
         for step in range(5, STEPS + 1, 5):
             tau = step / STEPS
             percentile_G = np.array([0.5, 0.0, 1.0], np.float32)
-            alpha, most, least = release_alpha(tau, percentile_G, np.zeros(3, bool), distill).tolist() if distill else (0.0, 0.0, 0.0)
+            alpha, most, least = (
+                release_alpha(tau, percentile_G, np.zeros(3, bool), distill).tolist() if distill else (0.0, 0.0, 0.0)
+            )
             ce = 0.9 * np.exp(-3 * tau) + 0.35 - 0.02 * seed + 0.03 * rng.random()
             kl = 0.6 * np.exp(-2 * tau) + 0.03 * rng.random() if alpha else 0.0
             values = {
