@@ -72,13 +72,13 @@ def test_the_tool_prints_and_draws_the_demos_schedules(tmp_path, capsys):
     picture = tmp_path / "schedules.png"
     main([DEMO, "--picture", str(picture)])
     printed = capsys.readouterr().out
-    assert "clkd: 270 steps of 16 samples, release: cosine" in printed and "dense_sft" not in printed
+    assert "clkd: 600 steps of 16 samples, release: cosine" in printed and "sft:" not in printed
     rows = [line.split() for line in printed.split("clkd:")[1].splitlines()[2:13]]
-    assert rows[0] == ["0", "0.700", "0.700", "0.700", "0.900", "0.00"]
-    assert rows[-1][:4] == ["4,304", "0.000", "0.000", "0.000"] and rows[-1][-1] == "0.50"
+    assert rows[0] == ["0", "0.700", "0.700", "0.700", "1.000"]
+    assert rows[-1] == ["9,584", "0.000", "0.000", "0.000", "1.000"]
     assert picture.read_bytes()[:4] == b"\x89PNG" and picture.stat().st_size > 10_000
 
 
 def test_the_tool_refuses_a_job_without_schedules():
-    with pytest.raises(ConfigError, match=r"among \['dense_sft'\]: nothing to show"):
-        main([DEMO, "job=dense_sft"])
+    with pytest.raises(ConfigError, match=r"among \['sft'\]: nothing to show"):
+        main([DEMO, "job=sft"])
