@@ -36,7 +36,10 @@ $(VENV)/.installed: pyproject.toml setup.py requirements.txt requirements-dev.tx
 demo: install
 	$(VENV)/bin/clkd run demo
 
+# Teacher and base student from random weights, and the demo with them.
 reproduce: install
+	$(VENV)/bin/clkd run teacher
+	$(VENV)/bin/clkd run base data.processor=runs/teacher/jobs/teacher/model
 	$(VENV)/bin/clkd run reproduce
 
 # Settings are chosen with SPLIT=val; the test split is scored once per row and seed.

@@ -178,12 +178,13 @@ def _settings(recipe: Recipe, kind: str, which: str) -> Any:
 
 def _output(recipe: Recipe, kind: str, which: str) -> Path:
     run = recipe.run.dir
+    if kind == "hardness":
+        return recipe.hardness_file(recipe.scored_student(which) if which else None)
     places = {
         "scenes": run / "data",
         "tokenizer": recipe.processor_dir,
         "model": run / "models" / which,
         "teacher": Path(recipe.store_url) if "://" not in recipe.store_url else run,
-        "hardness": recipe.hardness_file(recipe.scored_student(which) if which else None),
         "train": recipe.job_dir(which) / "model",
         "evaluate": run / "results.json",
         "export": run / "exported",

@@ -37,11 +37,11 @@ class Order:
     index: Indices
     percentile: Percentiles
     retired: NDArray[np.int64]
-    """[]: how many samples were retired then."""
+    """[1]: how many samples were retired then."""
 
 
 ARRAYS = ("index", "percentile", "retired")
-NOTHING = np.zeros((), np.int64)
+NOTHING = np.zeros(1, np.int64)
 
 
 class WindowPlan:
@@ -153,7 +153,7 @@ class WindowPlan:
             seed = self.seed + start if start % self.window_steps else self.seed
             index = curriculum.plan_window(ranks, *columns, window, seed)
             retired = curriculum.retired(ranks, table.pool_S, window.weights)
-        return Order(index, ranks.of(table.stratum, index), np.array(retired))
+        return Order(index, ranks.of(table.stratum, index), np.array([retired]))
 
     def _steps_from(self, start: int) -> int:
         """Steps until the next window begins."""

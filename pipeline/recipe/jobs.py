@@ -79,7 +79,7 @@ class JobConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     batch: BatchConfig = BatchConfig()
     pool: bool = True
-    """Train on the questions that the teacher answered, too (`targets.answers`); False: on the labelled records alone."""
+    """Train on the questions that the teacher answered, too (`targets.answers`); False: on labelled records alone."""
     distill: DistillConfig | None = None
     """The teacher's part; absent: plain SFT."""
     curriculum: CurriculumConfig | None = None

@@ -26,7 +26,7 @@ def scheduled(setup: Setup, step: int) -> dict[str, Any]:
         "samples": schedules.samples(step + 1),
         "competence": schedules.competence(step) if job.curriculum else 1.0,
         "pool_share": float(pool_G.mean()),
-        "retired": int(setup.plan.current.retired),
+        "retired": int(setup.plan.current.retired[0]),
         "alpha_min": float(alpha_G.min()),
         "alpha_max": float(alpha_G.max()),
     }

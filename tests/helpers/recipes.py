@@ -23,6 +23,7 @@ CLKD = {
     **JOB, "init": "models.moe", "steps": STEPS, "log_every": 1,
     "optimizer": {"lr": 0.01, "grad_clip": 0.1}, "distill": DISTILL,
     "curriculum": {"window_steps": WINDOW, "competence_start": 0.3, "competence_until": 0.5, "gamma": 1.0},
+    "hardness": {"start": "teacher"},  # needs no student of its own: the table is ready before there is one
 }  # fmt: skip
 TINY: dict[str, Any] = {
     "benchmark": {
@@ -154,7 +155,13 @@ def reported(run: Path, steps: int) -> dict[str, Any]:
             "dense_sft": {"init": "models.small", "steps": steps},
             "moe_sft": {"init": "models.moe", "steps": steps},
             "moe_kd": {"init": "models.moe", "steps": steps, "distill": {"release": "constant", "alpha_start": 0.7}},
-            "clkd": {"init": "models.moe", "steps": steps, "distill": {"release": "cosine"}, "curriculum": {}},
+            "clkd": {
+                "init": "models.moe",
+                "steps": steps,
+                "distill": {"release": "cosine"},
+                "curriculum": {},
+                "hardness": {"start": "teacher"},
+            },
         },
         "evaluation": {
             "rows": [

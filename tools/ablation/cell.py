@@ -49,7 +49,7 @@ def trained(recipe: Recipe, folder: Path, ds_config: Path) -> int:
     if recipe.is_made(job.init):
         clkd(["student", *args, "--model", Reference.parse(job.init).name])
     if job.distill or job.curriculum:
-        clkd(["hardness", *args])
+        clkd(["hardness", *args, f"job={JOB}"])
     if job.hardness.table is not None:
         table = ["--student", "models.dense", "--out", str(job.hardness.table)]
         clkd(["hardness", *args, *table, f"job={JOB}"])

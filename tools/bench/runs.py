@@ -1,6 +1,6 @@
 """What the benchmarks of whole stages share: a small run in a scratch folder, and ratios with their spread.
 
-The run is the demo's recipe with few scenes and random weights. `peaky` makes a model's distributions about as
+The run has few scenes and random weights. `peaky` makes a model's distributions about as
 concentrated as a trained teacher's.
 """
 
@@ -22,19 +22,19 @@ from pipeline.data.readers import read_samples
 from pipeline.models.loading import save_model
 from pipeline.recipe import Recipe, load_recipe
 
-DEMO = Path(__file__).parents[2] / "pipeline" / "recipes" / "demo.yaml"
+RECIPE = Path(__file__).with_name("from_nothing.yaml")
 LOGIT_STD = 5.0
 """Standard deviation of a peaky model's logits: an entropy of a few nats over 151,936 tokens."""
 Figures = dict[str, object]
 
 
 def make_run(folder: Path, scenes: int, overrides: Sequence[str]) -> Recipe:
-    """A run in `folder` up to its processor: the demo's recipe, changed, with `scenes` images and their questions.
+    """A run in `folder` up to its processor: `from_nothing.yaml`, changed, with `scenes` images and their questions.
 
     Soft targets alone: its features are those of a layer that a model of another size need not have.
     """
     logits_only = ["targets.sketches=null", "jobs.clkd.distill.features=null"]
-    recipe = load_recipe(DEMO, [f"run.dir={folder}", "targets.teacher=models.teacher", *logits_only, *overrides])
+    recipe = load_recipe(RECIPE, [f"run.dir={folder}", "targets.teacher=models.teacher", *logits_only, *overrides])
     drawn = recipe.required_benchmark.scenes
     draw_scenes(recipe.data_root, scenes, drawn.width, drawn.height)
     write_processor(recipe, read_samples(recipe.data.format, recipe.data_root, recipe.data.train_split))

@@ -4,7 +4,7 @@
 
 For each size a process of its own reads a hardness table from a Parquet file (random; three strata of 60, 30 and 10%,
 seven tenths scored) and plans windows of 50 steps of 1,024 samples, in one thread. The baseline `sort_all` does what a
-window is defined by: it sorts all samples within their strata, and then all by perturbed weights, in numpy; up to 1e7.
+window is defined by: it weighs all samples and sorts them by perturbed weights, in numpy; up to 1e7.
 The largest size writes 2 GB below DIR (default: the system's temporary folder). `MEANING` says what the figures are.
 """
 
@@ -78,14 +78,14 @@ def make_file(path: Path, samples: int) -> None:
 
 
 def sort_all(table: HardnessTable, number: int) -> np.ndarray:
-    """A window by sorting everybody twice; noise from numpy's generator."""
-    u = np.empty(len(table), np.float32)
+    """A window by weighing and sorting everybody; noise from numpy's generator."""
+    size = np.empty(len(table), np.float32)
     for code in range(len(table.strata)):
         members = np.flatnonzero(table.stratum == code)
-        order = np.argsort(table.difficulty[members], kind="stable")
-        u[members[order]] = (np.arange(len(members)) + 0.5) / len(members)
+        size[members] = table.difficulty[members] / table.difficulty[members].mean()
     noise = np.random.default_rng(number).random(len(table))
-    key = np.log(-np.log(noise)) - (2 * u - 1.0) + table.visits
+    with np.errstate(divide="ignore"):
+        key = np.log(-np.log(noise)) - 2.0 * np.log(size) + 0.1 * table.visits
     return np.argsort(key, kind="stable")[: BATCH * STEPS]
 
 

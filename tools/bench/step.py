@@ -48,7 +48,7 @@ from pipeline.training import engine
 from pipeline.training.batches import MicroBatch, MicroBatches, Request, iterate
 from pipeline.training.process import start_distributed
 from pipeline.training.step import StepContext, run_step
-from tools.bench.runs import DEMO, Figures, make_model, make_run, ratios, rotated, table
+from tools.bench.runs import RECIPE, Figures, make_model, make_run, ratios, rotated, table
 
 LABELS = {
     "sft": "plain SFT",
@@ -57,7 +57,7 @@ LABELS = {
     "online": "online teacher",
 }
 ALPHA = 0.7
-DS_CONFIG = DEMO.parent.parent.parent / "ds_configs" / "dense.json"
+DS_CONFIG = RECIPE.parents[2] / "ds_configs" / "dense.json"
 
 
 @dataclass(slots=True)

@@ -83,7 +83,7 @@ def encode(recipe: Recipe) -> Encoded:
     size = recipe.targets.shard_samples
     windows = [Window(n, samples[i : i + size]) for n, i in enumerate(range(0, len(samples), size))]
     encoded = EncodedWindows(windows, processor, recipe.targets.batch_size)
-    return Encoded([encoded[n][1] for n in range(len(encoded))], processor)
+    return Encoded([encoded[n].batches for n in range(len(encoded))], processor)
 
 
 @torch.no_grad()

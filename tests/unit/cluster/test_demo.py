@@ -9,22 +9,31 @@ from pipeline.cluster.local import Stage, choose_ranks, environment, fitting, on
 from pipeline.errors import UserError
 from pipeline.models.topology import read_deepspeed_config
 from pipeline.recipe import load_recipe
-from tests.helpers.paths import RECIPES
+from tests.helpers.paths import FROM_NOTHING, RECIPES
 
 DEMO = RECIPES / "demo.yaml"
 
 
 def names(recipe):
-    return [s.name for s in plan(recipe, [str(DEMO)], Path("ds.json"), 2)]
+    return [s.name for s in plan(recipe, ["RECIPE"], Path("ds.json"), 2)]
+
+
+def test_the_demo_starts_from_models_that_come_with_the_package():
+    """The job that learns from labels alone waits for no teacher."""
+    assert names(load_recipe(DEMO)) == [
+        "scenes", "model moe", "train sft", "teacher", "train answers", "hardness", "train kd", "hardness clkd",
+        "train clkd", "evaluate", "export", "report",
+    ]  # fmt: skip
 
 
 def test_what_a_stage_needs_comes_before_it():
-    order = names(load_recipe(DEMO))
+    order = names(load_recipe(FROM_NOTHING))
     assert order[:2] == ["scenes", "tokenizer"]
     for before, after in (
         ("model teacher", "train teacher"), ("train teacher", "teacher"), ("teacher", "hardness"),
-        ("hardness", "train moe_kd"), ("train base", "model moe"), ("model moe", "train clkd"),
-        ("train clkd", "evaluate"), ("evaluate", "report"),
+        ("hardness", "train moe_kd"), ("train base", "model moe"), ("model moe", "hardness clkd"),
+        ("teacher", "hardness clkd"), ("hardness clkd", "train clkd"), ("train clkd", "evaluate"),
+        ("evaluate", "report"),
     ):  # fmt: skip
         assert order.index(before) < order.index(after)
     assert len(order) == len(set(order))
@@ -32,18 +41,18 @@ def test_what_a_stage_needs_comes_before_it():
 
 def test_a_job_without_a_teacher_of_its_own_waits_for_the_teachers_answers_too():
     """But for the job that the teacher comes from, which has nobody to wait for."""
-    answering = load_recipe(DEMO, ["targets.answers={}"])
+    answering = load_recipe(FROM_NOTHING, ["targets.answers={}"])
     plain = [name for name, job in answering.jobs.items() if not job.distill and not job.curriculum]
     sft, order = next(name for name in plain if name != "teacher"), names(answering)
     assert order.index("train teacher") < order.index("teacher") < order.index(f"train {sft}")
     stages = {stage.name: stage for stage in chain(answering)}
     assert "teacher" in stages[f"train {sft}"].needs and "teacher" not in stages["train teacher"].needs
-    assert "teacher" not in {stage.name: stage for stage in chain(load_recipe(DEMO))}[f"train {sft}"].needs
+    assert "teacher" not in {stage.name: stage for stage in chain(load_recipe(FROM_NOTHING))}[f"train {sft}"].needs
 
 
 def test_own_data_and_models_skip_what_they_bring():
     own = ["data.root=/d", "data.processor=/t", "models.big={path: /big}", "jobs.teacher.init=models.big"]
-    assert not {"scenes", "tokenizer", "model teacher", "model big"} & set(names(load_recipe(DEMO, own)))
+    assert not {"scenes", "tokenizer", "model teacher", "model big"} & set(names(load_recipe(FROM_NOTHING, own)))
 
 
 def test_a_failing_stage_stops_the_chain_and_is_named(tmp_path):

@@ -265,7 +265,7 @@ def test_a_table_of_scores_is_one_to_start_from(run, tmp_path):
 
 
 def test_a_checkpoint_is_scored_with_its_own_map(run, tmp_path):
-    """Logits of the model that was trained; its features count in the score, through W and at its own layer."""
+    """Logits of the model that was trained, cells through W and at its own layer; the score is of tokens alone."""
     recipe = load_recipe(run / "recipe.yaml")
     folder = recipe.model_dir("models.student")
     model = loading.load_model(folder)
@@ -276,13 +276,13 @@ def test_a_checkpoint_is_scored_with_its_own_map(run, tmp_path):
     checkpoint.save(engine, tmp_path, 0, state, {}, 1, template)
     inputs, plain = opened(run)
     _, scorer = opened(run, student=str(tmp_path))
-    assert (scorer.layer, scorer.pools_features) == (2, True)
+    assert (scorer.layer, scorer.has_fitted_map) == (2, False)
     assert torch.equal(scorer.map_RD, model.feature_map.weight.detach())
     tokens_alone = dict(plain.visits(inputs.samples))
     for sample_id, visit in scorer.visits(inputs.samples):
-        torch.testing.assert_close(visit.hardness_T, tokens_alone[sample_id].hardness_T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(visit.kl_T, tokens_alone[sample_id].kl_T, rtol=1e-4, atol=1e-4)
         assert visit.distance_C.mean() == pytest.approx(0.5, abs=0.1)  # a map that was not trained
-        assert visit.score != pytest.approx(tokens_alone[sample_id].score, abs=1e-3)
+        assert visit.score == pytest.approx(tokens_alone[sample_id].score, abs=1e-4)
 
 
 def test_a_student_that_is_not_there_is_refused(run):

@@ -60,7 +60,7 @@ def test_its_chain_on_one_machine(own):
     recipe = load_recipe(RECIPE, own)
     stages = plan(recipe, [str(RECIPE), *own], recipe.cluster.deepspeed, 8)
     assert [stage.name for stage in stages] == [
-        "train sft", "model moe", "teacher", "hardness", "train clkd", "evaluate", "export", "report",
+        "train sft", "model moe", "teacher", "hardness clkd", "train clkd", "evaluate", "export", "report",
     ]  # fmt: skip
     assert recipe.processor_dir == recipe.model_dir("models.teacher")
     assert recipe.model_dir("models.moe") == recipe.run.dir / "models" / "moe"
@@ -76,7 +76,7 @@ def test_its_jobs_on_a_cluster(own, capsys):
         "train-sft",
         "model-moe",
         "teacher",
-        "hardness",
+        "hardness-clkd",
         "train-clkd",
         "evaluate",
         "export",
@@ -85,7 +85,7 @@ def test_its_jobs_on_a_cluster(own, capsys):
     assert {"--time=12:00:00", "--array=0,1,2,3,4,5,6,7", "WORKERS=8"} <= set(commands["teacher"])
     for job in ("train-sft", "train-clkd"):
         assert {"--nodes=1", "--time=24:00:00", "DS_CONFIG=zero2_ep"} <= set(commands[job])
-    assert "--dependency=afterok:<model moe>:<hardness>" in commands["train-clkd"]
+    assert "--dependency=afterok:<model moe>:<hardness clkd>" in commands["train-clkd"]
     clkd(["submit", str(RECIPE), "--dry-run", "--with", "train=--nodes=8", "--workers", "2", *own])
     commands = {words[0]: words for words in map(named, capsys.readouterr().out.splitlines())}
     assert "--array=0,1" in commands["teacher"]

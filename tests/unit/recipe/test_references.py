@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.recipe import Recipe, Reference, load_recipe
-from tests.helpers.paths import RECIPES
+from pipeline.recipe import Recipe, Reference, folder_of, load_recipe
+from tests.helpers.paths import FROM_NOTHING, RECIPES
 
 PAIR = {
     "run": {"dir": "/run"},
@@ -46,13 +46,13 @@ def test_a_model_goes_back_to_what_it_is_made_from():
     ]  # fmt: skip
     assert recipe.origin("jobs.kd") == Path("/2b")
     assert recipe.origin("/somewhere") == Path("/somewhere")
-    demo = load_recipe(RECIPES / "demo.yaml")
+    demo = load_recipe(FROM_NOTHING)
     assert [r.name for r in demo.lineage("jobs.clkd")] == ["clkd", "moe", "base", "student"]
     assert demo.origin("jobs.clkd") is None, "random weights"
 
 
 def test_which_models_a_stage_of_ours_makes():
-    recipe, demo = changed(), load_recipe(RECIPES / "demo.yaml")
+    recipe, demo = changed(), load_recipe(FROM_NOTHING)
     assert recipe.is_made("models.moe") and demo.is_made("models.teacher")
     assert not any(recipe.is_made(ref) for ref in ("models.teacher", "jobs.kd", "/models/moe"))
 
@@ -92,10 +92,19 @@ def test_without_a_teacher_they_are_the_first_jobs():
 
 
 def test_with_the_benchmark_they_are_trained_and_data_is_drawn():
-    recipe = load_recipe(RECIPES / "demo.yaml", ["run.dir=/r"])
+    recipe = load_recipe(FROM_NOTHING, ["run.dir=/r"])
     assert (recipe.processor_dir, recipe.data_root) == (Path("/r/processor"), Path("/r/data"))
-    own = load_recipe(RECIPES / "demo.yaml", ["data.root=/d", "data.processor=/p"])
+    own = load_recipe(FROM_NOTHING, ["data.root=/d", "data.processor=/p"])
     assert (own.processor_dir, own.data_root) == (Path("/p"), Path("/d"))
+
+
+def test_models_that_come_with_the_package_bring_their_processor():
+    demo = load_recipe(RECIPES / "demo.yaml")
+    folder = demo.model_dir("models.teacher")
+    assert demo.processor_dir == demo.origin("models.teacher") == folder == folder_of("package:teacher")
+    assert (folder / "tokenizer.json").is_file() and folder.name == "teacher"
+    assert demo.origin("jobs.clkd") == folder_of("package:base") and not demo.is_made("models.base")
+    assert folder_of("/my/package:x") == Path("/my/package:x") and folder_of(Path("some")) == Path("some")
 
 
 def test_without_the_benchmark_data_must_be_named():
