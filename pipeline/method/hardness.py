@@ -35,6 +35,8 @@ CHANGING = ("difficulty", "visits", "last_step", "last_window")
 """What training changes: the columns of a checkpoint."""
 NEVER = -1
 """`last_step` of a sample never scored, `last_window` of one never drawn."""
+FINEST = 1e-5
+"""Nats between two codes at the least: what is closer is rounding, which depends on how many ranks there are. [ours]"""
 _POOL = "pool, "
 _SCHEMA = pa.schema(
     {
@@ -200,8 +202,8 @@ class HardnessTable:
     # over the table: sums of each stratum, the range of what is ranked, and its codes; nothing is sorted.
 
     def ranks(self, *, step: int, half_life_steps: float) -> Ranks:
-        """u_i in (0, 1): rank of D_i within its stratum. D_i is rounded to 65,536 steps of the stratum's range; samples
-        with the same step share a rank.
+        """u_i in (0, 1): rank of D_i within its stratum. D_i is rounded to 65,536 steps of the stratum's range, of
+        FINEST at the least; samples with the same step share a rank.
 
         A scored entry relaxes toward its stratum's mean with the given half-life since its last score. An entry never
         scored is taken at its prior times the ratio of scores to priors in its stratum: the student learns from what it
@@ -220,7 +222,7 @@ class HardnessTable:
         low_S, high_S = np.full(len(self.strata), np.inf), np.full(len(self.strata), -np.inf)
         table_loops.relaxed_range(*relaxing, low_S, high_S)
         # Third pass: codes and their counts, from which percentiles follow by cumulative sums.
-        width_S = np.where(high_S > low_S, high_S - low_S, 1)
+        width_S = np.maximum(high_S - low_S, (CODES - 1) * FINEST)
         code_M, count_SQ = np.empty(len(self), np.uint16), np.zeros((len(self.strata), CODES), np.int64)
         table_loops.quantise(*relaxing, low_S, (CODES - 1) / width_S, code_M, count_SQ)
         return Ranks.from_codes(code_M, count_SQ, low_S, width_S / (CODES - 1))

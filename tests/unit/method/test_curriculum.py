@@ -19,7 +19,7 @@ from pipeline.method.curriculum import (
     tilt,
     uniform_order,
 )
-from pipeline.method.hardness import HardnessTable, strata_of
+from pipeline.method.hardness import FINEST, HardnessTable, strata_of
 from pipeline.method.plan import WindowPlan
 from pipeline.method.table_loops import CODES
 from pipeline.recipe import CurriculumConfig, HardnessConfig
@@ -289,7 +289,7 @@ def in_plain_python(hardness, visits, last_window, stratum, pool, window, seed):
     for s in set(stratum):
         members = [i for i in everyone if stratum[i] == s]
         values = [float(np.float32(hardness[i])) for i in members]
-        low, width = min(values), (max(values) - min(values)) or 1.0
+        low, width = min(values), max(max(values) - min(values), (CODES - 1) * FINEST)
         for i, value in zip(members, values, strict=True):
             codes[i] = min(math.floor((value - low) * ((CODES - 1) / width) + 0.5), CODES - 1)
         mean = low + width / (CODES - 1) * (sum(codes[i] for i in members) / len(members))

@@ -28,7 +28,7 @@ def rank_by_hand(values, strata):
     ranks = []
     for value, stratum in zip(values, strata, strict=True):
         peers = [float(v) for v, s in zip(values, strata, strict=True) if s == stratum]
-        low, width = min(peers), max(peers) - min(peers) or 1.0
+        low, width = min(peers), max(max(peers) - min(peers), 65535e-5)
         codes = [int((v - low) * (65535 / width) + 0.5) for v in [*peers, float(value)]]
         own = codes.pop()
         ranks.append((sum(c < own for c in codes) + sum(c == own for c in codes) / 2) / len(peers))
@@ -219,6 +219,17 @@ def test_scores_from_a_later_step_than_this_count_as_fresh():
     table.update(np.arange(60), scores, 900, ema=0.7)
     fresh.update(np.arange(60), scores, 2, ema=0.7)
     assert np.array_equal(table.percentile(step=2, half_life_steps=5.0), fresh.percentile(step=2, half_life_steps=5.0))
+
+
+def test_rounding_does_not_rank():
+    """Scores of a student that is nearly its teacher, once with the noise of another number of ranks."""
+    scores = np.repeat(np.array([2e-4, 3e-4, 4e-4], np.float32), 20)
+    noise = np.random.default_rng(0).normal(0, 2e-8, 60).astype(np.float32)
+    tables = [make_table(strata=("all",)) for _ in range(2)]
+    for table, seen in zip(tables, (scores, scores + noise), strict=True):
+        table.update(np.arange(60), seen, 1, ema=0.7)
+    ranks = [table.percentile(step=1, half_life_steps=FOREVER) for table in tables]
+    assert np.array_equal(*ranks) and len(set(ranks[0].tolist())) == 3
 
 
 def test_decay_halves_in_a_half_life():
