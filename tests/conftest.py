@@ -15,7 +15,8 @@ for _name, _value in CPU.items():
 
 LONGEST = (
     "launchers", "bench_tools", "resuming", "expert_parallel", "ablation", "bench_moe", "teacher_options", "teacher",
-    "families", "engine", "evaluate", "student", "report", "feature_training", "checkpoint", "bench_stages", "export",
+    "families", "engine", "curriculum", "evaluate", "student", "report", "feature_training", "checkpoint",
+    "bench_stages", "export",
 )  # fmt: skip
 """Test files that take longest, by falling length."""
 

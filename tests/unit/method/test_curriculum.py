@@ -115,9 +115,9 @@ def test_first_draws_follow_the_weights(gamma, mixture, cap):
     """Gumbel-top-k's first draw has probability a_i / sum a. Chi-square with 9 degrees of freedom, 99.9% point 27.9."""
     hardness = np.array([0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3, 1.9, 3.0])
     settings = {"gamma": gamma, "mixture": mixture, "cap": cap}
-    draws = [plan(hardness, seed=5, number=w, size=3, **settings)[0] for w in range(1200)]
+    draws = [plan(hardness, seed=5, number=w, size=3, **settings)[0] for w in range(600)]
     weights = (1 - mixture) + mixture * np.minimum((hardness / hardness.mean()) ** gamma, cap)
-    assert chi_square(np.bincount(draws, minlength=10), 1200 * weights / weights.sum()) < 27.9
+    assert chi_square(np.bincount(draws, minlength=10), 600 * weights / weights.sum()) < 27.9
 
 
 def test_second_draws_follow_the_weights_of_what_is_left():
@@ -126,8 +126,8 @@ def test_second_draws_follow_the_weights_of_what_is_left():
     weights = (hardness / hardness.mean()) ** 2
     total = weights.sum()
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
-    expected = np.array([weights[i] / total * weights[j] / (total - weights[i]) for i, j in pairs]) * 2400
-    drawn = [tuple(plan(hardness, seed=9, number=w, size=2, gamma=2.0).tolist()) for w in range(2400)]
+    expected = np.array([weights[i] / total * weights[j] / (total - weights[i]) for i, j in pairs]) * 1200
+    drawn = [tuple(plan(hardness, seed=9, number=w, size=2, gamma=2.0).tolist()) for w in range(1200)]
     assert chi_square(np.array([drawn.count(p) for p in pairs]), expected) < 31.3
 
 
@@ -164,9 +164,9 @@ def test_samples_that_are_all_alike_are_drawn_alike(value):
 @pytest.mark.parametrize("penalty", [0.1, 1.0])
 def test_a_visit_costs_its_penalty_in_log_weight(penalty):
     """Between two equals, one visited once more: 1 : e^penalty. One degree of freedom, 99.9% point 10.8."""
-    firsts = [plan([0.5, 0.5], visits=[4, 3], number=w, size=1, visit_penalty=penalty)[0] for w in range(1200)]
+    firsts = [plan([0.5, 0.5], visits=[4, 3], number=w, size=1, visit_penalty=penalty)[0] for w in range(600)]
     share = 1 / (1 + math.exp(penalty))
-    assert chi_square(np.bincount(firsts, minlength=2), 1200 * np.array([share, 1 - share])) < 10.8
+    assert chi_square(np.bincount(firsts, minlength=2), 600 * np.array([share, 1 - share])) < 10.8
 
 
 # -- retirement --------------------------------------------------------------------------------------------------
