@@ -166,19 +166,13 @@ def reference_step(model: Any, weight_RD: Tensor, layer: int, stores: Any) -> tu
         loss = loss + terms.loss_sum / tokens
         sketch = stores[1].read(member.sample_id)
         wanted = torch.cat([sketch.cells_CR, sketch.tokens_TR])
-        pooled = []
-        if alpha > 0:
-            pooled.append(pool([float(h) for h in terms.hardness_N]))
+        if alpha > 0:  # features have a hardness of their own, which is not in it
+            scores[member.sample_id] = pool([min(max(float(kl), 0.0), 6.0) for kl in terms.kl_N])
         if feature_alpha > 0:
-            distances = []
             for q, p in zip(reference_rows(out.hidden_states[layer][0], member) @ weight_RD.T, wanted, strict=True):
                 g = (1 - (q @ p) / (q.norm() * p.norm())) / 2
                 f = torch.exp(FEATURE_BETA * (2 * g.detach() - 1)) / FEATURE_NORMALISER
                 loss = loss + WEIGHT * float(feature_alpha) * f * g / rows
-                distances.append(float(g.detach()))
-            pooled.append(pool(distances))
-        if pooled:
-            scores[member.sample_id] = float(np.mean(pooled))
     return loss, scores
 
 
