@@ -5,12 +5,14 @@ models get the same draws, so a difference of two models has an interval of its 
 What another training or another set of questions of the same kind would change is not in it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.evaluation.metrics import Metric, Record
+from pipeline.data.sample import Sample
+from pipeline.evaluation.metrics import Group, Metric, Record, Scores
+from pipeline.evaluation.results import TOGETHER
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -53,3 +55,43 @@ def interval(values: Values) -> Interval | None:
         return None
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def draws(golds: Iterable[Sample]) -> dict[str, Resamples]:
+    """Of the frames of each slice, and of all of them: drawn by slice, so that none is left with few."""
+    frames = dict[str, dict[str, str]]()
+    for sample in golds:
+        frame = "\n".join(map(str, sample.images)) or sample.sample_id
+        for part in (sample.slice, TOGETHER):
+            frames.setdefault(part, {})[sample.sample_id] = frame
+    return {part: Resamples(found) for part, found in frames.items()}
+
+
+def add_intervals(
+    metrics: Sequence[Metric],
+    drawn: Mapping[str, Resamples],
+    scores: Scores,
+    overall: Mapping[str, Group],
+    records: Sequence[Record],
+) -> dict[str, dict[str, Values]]:
+    """Give every score its interval; returns the scores in all draws, by metric and slice.
+
+    Args:
+        drawn: see `draws`.
+        scores, overall: of the records, see `metrics`.
+    """
+    golds, spreads = [r for r in records if r["gold"].strip()], dict[str, dict[str, Values]]()
+    for metric in metrics:
+        spreads[metric.name] = {}
+        for part, group in scores[metric.name].items():
+            values = drawn[part].values(metric, [r for r in golds if r["slice"] == part])
+            spreads[metric.name][part] = values
+            _set_interval(group, values)
+        if metric.name in overall:
+            _set_interval(overall[metric.name], drawn[TOGETHER].values(metric, golds))
+    return spreads
+
+
+def _set_interval(group: Group, values: Values) -> None:
+    if (ends := interval(values)) is not None:
+        group["interval"] = [*ends]

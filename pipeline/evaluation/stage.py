@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError, UserError
 from pipeline.evaluation import latency, results
 from pipeline.evaluation.bars import bar_lines, bars, gaps_closed
 from pipeline.evaluation.generate import answers, open_model
-from pipeline.evaluation.intervals import Resamples, Values, interval
+from pipeline.evaluation.intervals import Values, add_intervals, draws
 from pipeline.evaluation.likelihood import gold_cross_entropy
 from pipeline.evaluation.metrics import Group, Scores, metrics_of, score_all, score_together
 from pipeline.files import weights_hash, write_json, write_text
@@ -102,7 +102,7 @@ class Evaluation:
         self.metrics = metrics_of(recipe)
         self.samples = questions(recipe)
         self.golds = with_gold(self.samples)
-        self.draws = _draws(self.golds)
+        self.draws = draws(self.golds)
         # On CPUs with AMX `medium` converts the whole weight to bf16 for every token: the demo teacher's answer at
         # batch 1 took 158 ms instead of 98.
         torch.set_float32_matmul_precision("highest" if self.device.type == "cpu" else recipe.run.matmul_precision)
@@ -118,7 +118,7 @@ class Evaluation:
         measured = self._measure_row(row) if stored is None else _measured(stored)
         records = [_record(sample, measured) for sample in self.samples if sample.sample_id in measured.texts]
         scores, overall = score_all(self.metrics, records), score_together(self.metrics, records)
-        spreads = self._add_intervals(scores, overall, records)
+        spreads = add_intervals(self.metrics, self.draws, scores, overall, records)
         content: Json = {
             "identity": identity,
             "name": row.name,
@@ -138,21 +138,6 @@ class Evaluation:
             write_json(path, content)
         _write_predictions(path.with_suffix(".jsonl"), records)
         return Answered(row, measured.params, scores, overall, spreads, len(measured.cut), len(measured.left_out))
-
-    def _add_intervals(
-        self, scores: Scores, overall: Mapping[str, Group], records: Sequence[Json]
-    ) -> dict[str, dict[str, Values]]:
-        """Give every score its interval; returns the scores in all draws, by metric and slice."""
-        golds, spreads = [r for r in records if r["gold"].strip()], dict[str, dict[str, Values]]()
-        for metric in self.metrics:
-            spreads[metric.name] = {}
-            for part, group in scores[metric.name].items():
-                drawn = self.draws[part].values(metric, [r for r in golds if r["slice"] == part])
-                spreads[metric.name][part] = drawn
-                _set_interval(group, drawn)
-            if metric.name in overall:
-                _set_interval(overall[metric.name], self.draws[results.TOGETHER].values(metric, golds))
-        return spreads
 
     def timings(self) -> tuple[dict[str, list[latency.Timing]], Json]:
         """Timings of the rows' distinct models, keyed by model reference, and the settings they were taken with."""
@@ -235,21 +220,6 @@ class Evaluation:
             "included": "vision tower, prompt, argmax, every forced token; not: image decoding, tokenizing",
             "statistic": "median over samples and repeats; ratios per interleaved pair first",
         }
-
-
-def _draws(golds: Index) -> dict[str, Resamples]:
-    """Draws of the frames of each slice, and of all of them: drawn by slice, so that none is left with few."""
-    frames = dict[str, dict[str, str]]()
-    for sample in golds:
-        frame = "\n".join(map(str, sample.images)) or sample.sample_id
-        for part in (sample.slice, results.TOGETHER):
-            frames.setdefault(part, {})[sample.sample_id] = frame
-    return {part: Resamples(found) for part, found in frames.items()}
-
-
-def _set_interval(group: Group, drawn: Values) -> None:
-    if (ends := interval(drawn)) is not None:
-        group["interval"] = [*ends]
 
 
 # -- which samples -----------------------------------------------------------------------------------------------------

@@ -161,7 +161,8 @@ def main(recipe: Recipe, options: argparse.Namespace) -> None:
         table = _student_table(run, scorer, path)
     print(describe(table, run.samples))
     if not options.inspect:
-        print(f"{path}: the table" + (f"; a job starts from it with hardness.table={path}" if scorer else ""))
+        starting = any(recipe.starting_table(name) == path for name in recipe.jobs)
+        print(f"{path}: the table" + ("" if starting else f"; a job starts from it with hardness.table={path}"))
         return
     if scorer is not None:
         _fit_map(run, scorer, options.student_layer)

@@ -121,7 +121,7 @@ def _held_before(job_dir: Path) -> list[str] | None:
 
 def _table(recipe: Recipe, name: str, ids: Sequence[str]) -> HardnessTable:
     path, student = recipe.starting_table(name), recipe.scored_student(name)
-    command = f"clkd hardness RECIPE.yaml --student {student} job={name}" if student else "clkd hardness RECIPE.yaml"
+    command = "clkd hardness RECIPE.yaml" + (f" job={name}" if student else "")
     table = HardnessTable.load(path, command)
     if not recipe.jobs[name].pool:
         table = table.subset(ids)

@@ -8,17 +8,14 @@ import pickle
 import signal
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pipeline.cli import main
 from pipeline.data.index import build, lock, tables
-from pipeline.data.index import samples as index_samples
 from pipeline.data.index.images import ImageHashes
 from pipeline.data.index.samples import sample_ids, select, sizes, words
 from pipeline.data.readers import read_samples
@@ -26,6 +23,7 @@ from pipeline.data.splits import open_split, open_training_split
 from pipeline.errors import DataError, UserError
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.targets.identity import dataset_fingerprint
+from tests.helpers.index_memory import held_bytes
 from tests.helpers.paths import ROOT
 
 SAMPLES, IMAGES = 60, 24
@@ -173,17 +171,10 @@ def test_what_a_rank_holds_does_not_grow_with_the_samples(run):
     count = 4000
     write_chat(run, [chat_record(number) for number in range(count)])
     content = pickle.dumps(open_split(recipe_of(run), "train"))
-    index_samples._table.cache_clear()
-    arrow = pa.total_allocated_bytes()
-    tracemalloc.start()
-    index = pickle.loads(content)
-    assert sum(1 for _ in index.sample_ids) == len(index) == count
-    index.sizes(np.arange(count))
-    assert index[7].answer and not len(index.unanswered())
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+    held = held_bytes(
+        content, lambda index: len(index) == count and bool(index[7].answer) and not len(index.unanswered())
+    )
     assert held < 10 * count
-    assert pa.total_allocated_bytes() == arrow
 
 
 # When it is made, and what is read for it
